@@ -1,0 +1,86 @@
+"""Trimtab reads and steers what a language model is thinking.
+
+    import trimtab as tt
+    lm = tt.LM.load("smollm2-135m")
+    happiness = tt.concepts.fit(lm, tt.data.read("happiness"), "resid@0: answer[:16]")
+    lm.generate("How was your day?", edits=happiness.edit(dose=0.04, layers="9:22"))
+
+Everything public is named here and imported when it is first used: ``import trimtab`` is fast.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_MODULES = (
+    "artifact",
+    "chat",
+    "concepts",
+    "data",
+    "edits",
+    "errors",
+    "models",
+    "place",
+    "recording",
+)
+_NAMES = {
+    "LM": "lm",
+    "Run": "lm",
+    "Piece": "lm",
+    "Batch": "chat",
+    "Place": "place",
+    "Edit": "edits",
+    "Add": "edits",
+    "Replace": "edits",
+    "Project": "edits",
+    "When": "edits",
+    "Readout": "edits",
+    "Recording": "recording",
+    "Meta": "artifact",
+    "Probe": "concepts",
+    "Example": "data",
+    "TrimtabError": "errors",
+    "PlaceError": "errors",
+    "ArtifactError": "errors",
+    "ChatError": "errors",
+    "BusyError": "errors",
+}
+
+if TYPE_CHECKING:
+    from trimtab import artifact, chat, concepts, data, edits, errors, models, place, recording
+    from trimtab.artifact import Meta
+    from trimtab.chat import Batch
+    from trimtab.concepts import Probe
+    from trimtab.data import Example
+    from trimtab.edits import Add, Edit, Project, Readout, Replace, When
+    from trimtab.errors import ArtifactError, BusyError, ChatError, PlaceError, TrimtabError
+    from trimtab.lm import LM, Piece, Run
+    from trimtab.place import Place
+    from trimtab.recording import Recording
+
+__all__ = [*_NAMES, *_MODULES, "__version__", "load"]
+
+
+def load(path: Any) -> Any:
+    """Load whatever was saved at ``path``: an edit, a probe, or a file of a known foreign format.
+
+    Checks format and hash; raises ArtifactError with what is wrong and what to do.
+    """
+    for module in ("edits", "concepts"):  # they register what they can load
+        importlib.import_module(f"trimtab.{module}")
+    from trimtab.artifact import load_artifact
+
+    return load_artifact(path)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"trimtab.{_NAMES[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"trimtab.{name}")
+    raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

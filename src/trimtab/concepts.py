@@ -1,0 +1,377 @@
+"""Concept guidance: linear probes of a concept, and the edits that their directions make.
+
+After von Rütte et al. 2024 (arXiv 2402.14433). Knows recordings, labels and directions; knows no
+text. Letters: L layers, D width, N tokens, B rows.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from trimtab.artifact import Meta, Parts, json_list, register, register_foreign, save
+from trimtab.edits import Add, Readout
+from trimtab.errors import ArtifactError, PlaceError
+from trimtab.lm import LM
+from trimtab.place import LayerSpec, Place, TokenSpec
+from trimtab.recording import Chunk, Recording
+
+Method = Literal["mean"]
+METHODS = ("mean",)
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A concept's direction at each layer of a place, and how well it reads there.
+
+    ``weight`` [L, D], ``gain`` and ``bias`` [L]: the probability of the concept at a token x is
+    ``sigmoid(gain (x.weight) + bias)``; with ``mean`` [L, D] the token is first centred and brought
+    to unit length. ``accuracy`` and ``heldout_accuracy`` [L]: the fraction of tokens read right,
+    averaged per row, then over rows (NaN where nothing was held out).
+    """
+
+    place: Place
+    layers: tuple[int, ...]
+    weight: Tensor
+    gain: Tensor
+    bias: Tensor
+    mean: Tensor | None
+    accuracy: Tensor
+    heldout_accuracy: Tensor
+    meta: Meta = field(default_factory=Meta)
+
+    def __repr__(self) -> str:
+        best = self.layers[int(self.accuracy.argmax())]
+        name = self.meta.name or "unnamed"
+        return f"Probe({name} at {self.place}, best layer {best}: {float(self.accuracy.max()):.3f})"
+
+    @property
+    def readout(self) -> Readout:
+        """The probe as something to read: for ``lm.stream(read=...)`` and ``When``."""
+        place = self.place.at(layers=self.layers)
+        return Readout(place, self.weight, self.gain, self.bias, self.mean)
+
+    def at(self, layers: LayerSpec) -> "Probe":
+        """The probe at some of its layers."""
+        chosen = Place(self.place.site, layers).layer_indices(max(self.layers) + 1)
+        where = self._where(chosen)
+        parts = ("weight", "gain", "bias", "accuracy", "heldout_accuracy")
+        narrowed: dict[str, Any] = {name: getattr(self, name)[where] for name in parts}
+        mean = None if self.mean is None else self.mean[where]
+        place = self.place.at(layers=chosen)
+        return replace(self, place=place, layers=chosen, mean=mean, **narrowed)
+
+    def predict(self, recording: Recording) -> Tensor:
+        """The mean probability over each row's tokens, [B, L]."""
+        rows: dict[int, Tensor] = {}
+        for chunk in recording.chunks():
+            probability = torch.sigmoid(self._margin(chunk.values))
+            parts = probability.split(list(chunk.lengths))
+            rows |= {i: p.mean(0) for i, p in zip(chunk.index, parts, strict=True)}
+        return torch.stack([rows[i] for i in sorted(rows)])
+
+    def edit(
+        self,
+        scale: float | Sequence[float] | Tensor = 16.0,
+        layers: LayerSpec | None = None,
+        top_layers: int = 16,
+        keep_norm: bool = True,
+        dose: float | Sequence[float] | Tensor | None = None,
+        tokens: TokenSpec = "all",
+    ) -> Add:
+        """The edit that adds ``scale`` times the unit direction at each chosen layer.
+
+        ``dose`` instead of ``scale`` is a fraction of each activation's own length, which carries
+        over between layers and models. Either is one number or one per layer; a negative one steers
+        away. ``layers``: given, else the ``top_layers`` with the best accuracy on the training
+        rows. ``keep_norm``: x' = |x| (x + a w) / |x + a w|, the paper's form.
+        """
+        if layers is None:
+            order = self.accuracy.argsort(descending=True, stable=True)[:top_layers]
+            chosen = tuple(sorted(self.layers[i] for i in order.tolist()))
+        else:
+            chosen = Place(self.place.site, layers).layer_indices(max(self.layers) + 1)
+        direction = self.weight[self._where(chosen)].float()
+        direction = direction / torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+        strength = torch.as_tensor(scale if dose is None else dose, dtype=torch.float32)
+        if strength.dim() and strength.shape != (len(chosen),):
+            raise PlaceError(
+                f"{list(strength.shape)} strengths for {len(chosen)} layers; give one number or one "
+                "per layer"
+            )
+        delta = strength.reshape(-1, 1) * direction
+        place = self.place.at(layers=chosen, tokens=tokens)
+        made_by = {"from": "probe", **self.meta.made_by}
+        meta = replace(self.meta, made_by=made_by)
+        return Add(place, delta, keep_norm=keep_norm, relative=dose is not None, meta=meta)
+
+    def named(self, name: str) -> "Probe":
+        """The same probe under a name."""
+        return replace(self, meta=replace(self.meta, name=name))
+
+    def save(self, path: str | Path) -> None:
+        """Write the probe as an artifact folder (see ``tt.load``)."""
+        names = ("weight", "gain", "bias", "accuracy", "heldout_accuracy", "mean")
+        tensors = {n: t for n in names if (t := getattr(self, n)) is not None}
+        scores = {"accuracy": json_list(self.accuracy)} | dict(self.meta.scores)
+        meta = replace(self.meta, scores=scores)
+        save(path, Parts("probe", meta, str(self.place), {"layers": list(self.layers)}, tensors))
+
+    def _where(self, layers: Iterable[int]) -> list[int]:
+        missing = [i for i in layers if i not in self.layers]
+        if missing:
+            raise PlaceError(f"this probe has no layers {missing}; it has {list(self.layers)}")
+        return [self.layers.index(i) for i in layers]
+
+    def _margin(self, values: Tensor) -> Tensor:
+        """The logits [N, L] of tokens [N, L, D]."""
+        x = _unit(values.float(), self.mean)
+        return torch.einsum("nld,ld->nl", x, self.weight.float()) * self.gain + self.bias
+
+
+def fit(
+    lm: LM,
+    examples: Sequence[Any],
+    place: Place | str = "norm@0: answer[:16]",
+    method: Method = "mean",
+    *,
+    normalize: bool = True,
+    held_out: float = 0.2,
+    seed: int = 0,
+    name: str | None = None,
+    batch_size: int = 32,
+    show_progress: bool = True,
+) -> Probe:
+    """Learn a concept from examples with ``prompt``, ``completion`` and ``label``.
+
+    Records the examples at ``place`` and fits one probe per layer. A fraction ``held_out`` of the
+    *prompts* is kept aside for ``heldout_accuracy``. See ``fit_recording`` for the rest.
+    """
+    examples = list(examples)
+    labels = [float(e.label) for e in examples]
+    recording = lm.record(examples, place, batch_size=batch_size, show_progress=show_progress)
+    groups = [e.prompt for e in examples]
+    probe = fit_recording(
+        recording,
+        labels,
+        method=method,
+        normalize=normalize,
+        held_out=held_out,
+        groups=groups,
+        seed=seed,
+    )
+    made_by = probe.meta.made_by | {"examples": len(examples)}
+    return replace(probe, meta=Meta(name, lm.describe(), made_by, probe.meta.scores))
+
+
+def fit_recording(
+    recording: Recording,
+    labels: Sequence[float] | Tensor,
+    method: Method = "mean",
+    normalize: bool = True,
+    *,
+    held_out: float = 0.0,
+    groups: Sequence[Any] | None = None,
+    seed: int = 0,
+) -> Probe:
+    """Fit one probe per layer on a recording; all tokens of a row carry its label.
+
+    ``method`` "mean": the difference of the class means, brought to unit length (for graded labels,
+    the covariance with the label, which is the same direction for two classes). ``normalize``:
+    tokens are centred and brought to unit length first. A 1-d logistic fit (L2 penalty 1) on the
+    projections gives ``gain``, and ``bias`` where tokens are not centred. Rows of one group (by
+    default each its own) lie on one side of the split. Raises PlaceError for labels that do not fit.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
+    y = _signed(labels, len(recording))
+    keep = split(list(groups or range(len(y))), y, held_out, seed)  # [B] bool
+    if len(set(y[keep].sign().tolist()) - {0.0}) < 2:
+        raise PlaceError("the training rows hold one class only; give examples of both labels")
+    chunks = _Chunks(recording, y, keep)
+    mean = chunks.mean() if normalize else None
+    weight = chunks.covariance(mean)
+    weight = weight / torch.linalg.vector_norm(weight, dim=-1, keepdim=True).clamp_min(1e-30)
+    scores, rows = chunks.project(weight, mean)
+    gain, bias = logistic_1d(scores[keep[rows]], y[rows][keep[rows]], with_bias=not normalize)
+    right = ((scores * gain + bias > 0) == (y[rows] > 0)[:, None]).double()
+    accuracy = _by_row(right, rows, keep)
+    made_by = {"method": method, "normalize": normalize, "seed": seed, "rows": len(y)}
+    made_by["trimtab"] = _version()
+    return Probe(
+        recording.place,
+        recording.layers,
+        weight.float(),
+        gain.float(),
+        bias.float(),
+        None if mean is None else mean.float(),
+        accuracy.float(),
+        _by_row(right, rows, ~keep).float(),
+        Meta(None, recording.meta.get("model"), made_by),
+    )
+
+
+def split(groups: Sequence[Any], labels: Tensor, held_out: float, seed: int) -> Tensor:
+    """Which rows are for training, [B] bool: whole groups, about ``1 - held_out`` of them."""
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out is a fraction in [0, 1), not {held_out!r}")
+    unique = list(dict.fromkeys(groups))
+    order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).tolist()
+    aside = {unique[i] for i in order[: round(held_out * len(unique))]}
+    return torch.tensor([g not in aside for g in groups])
+
+
+def logistic_1d(
+    scores: Tensor, labels: Tensor, *, with_bias: bool, l2: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Logistic fits of labels [N] on scores [N, L], one per column, by Newton's method in float64.
+
+    Minimises sum log(1 + exp(-y (g s + b))) + l2/2 g^2. Returns gain and bias, [L] each.
+    """
+    s, y = scores.double(), (labels > 0).double()[:, None]
+    scale = s.std(0).clamp_min(1e-12)  # columns of similar size make the steps well conditioned
+    s = s / scale
+    gain, bias = (torch.zeros(s.shape[1], dtype=torch.float64) for _ in range(2))
+    for _ in range(100):
+        p = torch.sigmoid(s * gain + bias)
+        curve = p * (1 - p)
+        g1 = ((p - y) * s).sum(0) + l2 * gain / scale**2
+        h11 = (curve * s * s).sum(0) + l2 / scale**2
+        if not with_bias:
+            step1, step2 = g1 / h11, torch.zeros_like(bias)
+        else:
+            g2, h12, h22 = (p - y).sum(0), (curve * s).sum(0), curve.sum(0) + 1e-12
+            det = (h11 * h22 - h12 * h12).clamp_min(1e-30)
+            step1, step2 = (h22 * g1 - h12 * g2) / det, (h11 * g2 - h12 * g1) / det
+        size = torch.maximum(step1.abs(), step2.abs()).clamp_min(1e-30)
+        damp = (4.0 / size).clamp_max(1.0)  # far from the optimum a full step overshoots
+        gain, bias = gain - damp * step1, bias - damp * step2
+        if float(size.max()) < 1e-10:
+            break
+    return gain / scale, bias
+
+
+class _Chunks:
+    """Sums over the training tokens of a recording, in passes over its chunks, in float64."""
+
+    def __init__(self, recording: Recording, labels: Tensor, keep: Tensor) -> None:
+        self.recording, self.labels, self.keep = recording, labels, keep
+
+    def mean(self) -> Tensor:
+        """The mean training token, [L, D]."""
+        return self._sum(lambda x, y: x.sum(0)) / self._count()
+
+    def covariance(self, mean: Tensor | None) -> Tensor:
+        """The covariance of (normalised) tokens with the label, [L, D]."""
+        weights = torch.tensor(self.recording.lengths, dtype=torch.float64)[self.keep]
+        centre = (self.labels[self.keep] * weights).sum() / weights.sum()
+        return self._sum(lambda x, y: torch.einsum("nld,n->ld", _unit(x, mean), y - centre))
+
+    def project(self, weight: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All tokens' projections [N, L], and the row of each token [N]."""
+        scores, rows = [], []
+        for chunk in self.recording.chunks():
+            for piece, lengths, index in _pieces(chunk):
+                scores.append(torch.einsum("nld,ld->nl", _unit(piece.double(), mean), weight))
+                rows.append(torch.tensor(index).repeat_interleave(torch.tensor(lengths)))
+        return torch.cat(scores), torch.cat(rows)
+
+    def _count(self) -> int:
+        lengths = torch.tensor(self.recording.lengths)
+        return int(lengths[self.keep].sum())
+
+    def _sum(self, term: Any) -> Tensor:
+        total: Tensor | None = None
+        for chunk in self.recording.chunks():
+            for piece, lengths, index in _pieces(chunk):
+                rows = torch.tensor(index).repeat_interleave(torch.tensor(lengths))
+                used = self.keep[rows]
+                value = term(piece[used].double(), self.labels[rows][used])
+                total = value if total is None else total + value
+        assert total is not None
+        return total
+
+
+def _pieces(chunk: Chunk, tokens: int = 2048) -> Iterable[tuple[Tensor, list[int], list[int]]]:
+    """Whole rows of a chunk, some thousand tokens at a time: float64 copies stay small."""
+    start = first = size = 0
+    for i, length in enumerate(chunk.lengths):
+        size += length
+        if size >= tokens or i + 1 == len(chunk.lengths):
+            part = slice(first, i + 1)
+            yield (
+                chunk.values[start : start + size],
+                list(chunk.lengths[part]),
+                list(chunk.index[part]),
+            )
+            start, first, size = start + size, i + 1, 0
+
+
+def _unit(x: Tensor, mean: Tensor | None) -> Tensor:
+    """Centred and brought to unit length, [N, L, D]; unchanged without a mean."""
+    if mean is None:
+        return x
+    x = x - mean.to(x.dtype)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def _signed(labels: Sequence[float] | Tensor, n_rows: int) -> Tensor:
+    """Labels brought to [-1, 1], [B] float64."""
+    y = torch.as_tensor(labels, dtype=torch.float64).flatten()
+    if len(y) != n_rows:
+        raise PlaceError(f"{len(y)} labels for {n_rows} rows; give one label per row")
+    low, high = float(y.min()), float(y.max())
+    if not bool(torch.isfinite(y).all()) or low == high:
+        raise PlaceError(
+            f"labels must be finite and of two kinds at least, not {sorted(set(y.tolist()))}"
+        )
+    return 2 * (y - low) / (high - low) - 1
+
+
+def _by_row(right: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
+    """Token hits [N, L] averaged per row, then over the kept rows: [L]; NaN if there are none."""
+    sums = torch.zeros(len(keep), right.shape[1], dtype=torch.float64).index_add_(0, rows, right)
+    counts = torch.bincount(rows, minlength=len(keep)).clamp_min(1)[:, None]
+    return (sums / counts)[keep].mean(0)
+
+
+def _version() -> str:
+    from trimtab import __version__
+
+    return __version__
+
+
+def _load(parts: Parts) -> Probe:
+    t = parts.tensors
+    needed = ("weight", "gain", "bias", "accuracy", "heldout_accuracy")
+    if parts.place is None or any(n not in t for n in needed):
+        raise ArtifactError(f"this probe lacks some of {', '.join(needed)}; fetch a fresh copy")
+    values = [t[n] for n in ("weight", "gain", "bias")]
+    place, layers = Place.parse(parts.place), tuple(parts.extra["layers"])
+    scores = (t["accuracy"], t["heldout_accuracy"])
+    return Probe(place, layers, *values, t.get("mean"), *scores, parts.meta)
+
+
+def _read_release(tensors: dict[str, Tensor], file: Path) -> Probe | None:
+    """The release files of concept guidance: W [L, D], maybe b (bias) and a (gain), [L]."""
+    if "W" not in tensors:
+        return None
+    weight = tensors["W"].float().squeeze()
+    if weight.dim() != 2:
+        raise ArtifactError(f"W in {file} has shape {list(tensors['W'].shape)}, expected [L, D]")
+    n = len(weight)
+    gain, bias = (
+        tensors.get(k, d).float().reshape(-1)
+        for k, d in (("a", torch.ones(n)), ("b", torch.zeros(n)))
+    )
+    nothing = torch.full((n,), float("nan"))
+    meta = Meta(file.stem, None, {"method": "concept-guidance release", "file": file.name})
+    place = Place("norm", range(n))
+    return Probe(place, tuple(range(n)), weight, gain, bias, None, nothing, nothing, meta)
+
+
+register("probe", _load)
+register_foreign(_read_release)

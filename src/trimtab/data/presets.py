@@ -1,0 +1,137 @@
+"""The data sets of concept guidance (arXiv 2402.14433, section 4). Knows their schemas, one
+row -> Example function each; downloads only through ``datasets``, and only when called."""
+
+import csv
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trimtab.data.example import Example
+from trimtab.errors import ArtifactError
+
+Row = Mapping[str, Any]
+
+
+def hub_rows(
+    name: str, split: str, config: str | None = None, revision: str | None = None
+) -> Iterable[Row]:
+    """Rows of one split of a hub dataset. Raises ArtifactError with the remedy."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ArtifactError(
+            f'reading {name!r} from the hub needs the package datasets: pip install "trimtab[data]"'
+        ) from error
+    try:
+        rows: Iterable[Row] = datasets.load_dataset(
+            name, name=config, split=split, revision=revision
+        )
+    except Exception as error:  # network, permission, builder and split errors share no base class
+        raise ArtifactError(
+            f"cannot load {name!r} (config {config!r}, split {split!r}) from the hub: "
+            f"{type(error).__name__}: {error} Check the name and the network, or give a file."
+        ) from error
+    return rows
+
+
+def read_truthfulqa(split: str | None = None, path: str | Path | None = None) -> list[Example]:
+    """TruthfulQA: the best answer against the first incorrect one; ``path`` reads its CSV."""
+    if path is None:
+        rows = hub_rows("truthfulqa/truthful_qa", split or "validation", "generation")
+    else:
+        rows = _csv_rows(path)
+    return [example for row in rows for example in truthfulqa_pair(row)]
+
+
+def _csv_rows(path: str | Path) -> list[dict[str, Any]]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise ArtifactError(f"cannot read the CSV {path}: {error}. Check the path.") from error
+
+
+def truthfulqa_pair(row: Row) -> list[Example]:
+    """One TruthfulQA row (hub or CSV) -> true and false example; none where it lacks an answer."""
+    fields = {key.lower().replace(" ", "_"): value for key, value in row.items()}
+    try:
+        question, best, wrong = (
+            fields[key] for key in ("question", "best_answer", "incorrect_answers")
+        )
+    except KeyError as error:
+        raise ArtifactError(
+            f"not a TruthfulQA row: no {error} among {[*row]}. "
+            "Expected Question, Best Answer, Incorrect Answers."
+        ) from None
+    answers = wrong.split(";") if isinstance(wrong, str) else list(wrong)
+    false = next((answer.strip() for answer in answers if answer.strip()), "")
+    if not (best.strip() and false):
+        return []
+    return [Example(question, best.strip(), 1.0), Example(question, false, 0.0)]
+
+
+def read_oasst1(
+    split: str | None = None, label: str = "humor", limit: int = 512, language: str = "en"
+) -> list[Example]:
+    """OASST1: direct replies that score highest on ``label`` against those that score lowest."""
+    rows = hub_rows("OpenAssistant/oasst1", split or "train")
+    return oasst1_extremes(rows, label=label, limit=limit, language=language)
+
+
+def oasst1_extremes(
+    rows: Iterable[Row], label: str, limit: int = 512, language: str = "en"
+) -> list[Example]:
+    """Messages -> ``limit`` examples, half from each end; ties are broken by message id."""
+    messages = [row for row in rows if row["lang"] == language and not row.get("deleted")]
+    roots = {row["message_id"]: row["text"] for row in messages if row["parent_id"] is None}
+    replies = [row for row in messages if row["parent_id"] in roots]
+    scored = [(grades[label], row) for row in replies if label in (grades := _grades(row))]
+    if not scored:
+        known = sorted({name for row in replies for name in _grades(row)})
+        raise ArtifactError(f"no {language!r} reply has a label {label!r}. Labels: {known}.")
+    scored.sort(key=lambda pair: (pair[0], pair[1]["message_id"]))
+    half = min(limit, len(scored)) // 2
+    top, bottom = scored[len(scored) - half :], scored[:half]
+    return [
+        Example(roots[row["parent_id"]], row["text"], present)
+        for present, part in ((1.0, top), (0.0, bottom))
+        for _, row in part
+    ]
+
+
+def _grades(row: Row) -> dict[str, float]:
+    """OASST1 keeps labels as two parallel lists, or None where nobody graded the message."""
+    labels = row.get("labels") or {"name": [], "value": []}
+    return dict(zip(labels["name"], labels["value"], strict=True))
+
+
+def read_toxic_completions(
+    split: str | None = None, concept: str = "compliance", limit: int | None = None
+) -> list[Example]:
+    """Toxic-completions: ``concept`` is ``"compliance"`` or ``"appropriateness"``."""
+    rows = hub_rows("dvruette/toxic-completions", split or "train")
+    found = (toxic_completion(row, concept) for row in rows)
+    return [example for example in found if example is not None][:limit]
+
+
+def toxic_completion(row: Row, concept: str = "compliance") -> Example | None:
+    """One row -> Example; None for jailbreaks and machine annotations, which the paper drops.
+
+    Appropriate means that it complied with a harmless prompt or refused a toxic one.
+    """
+    complied, toxic = bool(row["is_compliant"]), bool(row["is_toxic"])
+    labels = {"compliance": complied, "appropriateness": complied != toxic}
+    if concept not in labels:
+        raise ArtifactError(
+            f"toxic-completions has no concept {concept!r}. Use one of {[*labels]}."
+        )
+    if row.get("jailbreaking") or not row.get("human_annotation", True):
+        return None
+    return Example(row["prompt"], row["completion"], float(labels[concept]))
+
+
+PRESETS: dict[str, Callable[..., list[Example]]] = {
+    "truthfulqa": read_truthfulqa,
+    "oasst1": read_oasst1,
+    "toxic-completions": read_toxic_completions,
+}

@@ -1,0 +1,323 @@
+"""Places: which site, layers and tokens. Knows numbers and their text form; knows no model and no tokenizer.
+
+    "resid@10:28 answer[:16]"      site @ layers tokens[slice]
+    "norm@0: all"                  every layer
+    "resid@-1 [[3, 5], [2]]"       explicit positions, one list per row
+    "attn@4,7 prompt before"       what was there before an edit
+
+Layer i is the output of 0-based block i; negative layers count from the top. Positions count real
+tokens from the start of a row: padding never counts. ``answer`` begins at the *last prompt token*,
+the one that predicts the first token of the answer.
+"""
+
+import ast
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import PlaceError
+
+SITES = ("resid", "norm", "attn", "mlp", "embed", "q", "k", "v", "heads")
+WRITABLE = ("resid", "norm", "attn", "mlp", "embed")
+SPANS = ("all", "prompt", "answer")
+FOREVER = 2**62  # the end of a span that grows while a model generates
+
+_GRAMMAR = re.compile(
+    r"\s*(?P<site>\w+)\s*@\s*(?P<layers>all|[-\d:,]+)\s*"
+    r"(?P<tokens>(?:all|prompt|answer)(?:\[[-\d:]+\])?|\[[\d\s,\[\]]*\])?\s*(?P<before>before)?\s*"
+)
+_SLICE = re.compile(r"(?P<span>all|prompt|answer)(?:\[(?P<slice>[-\d:]+)\])?")
+
+LayerSpec = int | str | range | slice | Iterable[int]
+TokenSpec = str | Sequence[int] | Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something is read or written: a site, layers, and tokens.
+
+    ``site`` is one of ``SITES``. ``layers`` takes an int, a range, a slice, a list or text such as
+    ``"10:28"``, ``"3,5"``, ``"all"``, and is kept as text. ``tokens`` takes ``"all"``, ``"prompt"``,
+    ``"answer"``, each with an optional slice, or positions: one list for every row, or one list per
+    row. ``before`` names the value before an edit at the same place (recordings only).
+
+    >>> Place("resid", range(10, 28), "answer")
+    Place('resid@10:28 answer')
+    >>> Place.parse("norm@0: answer[:16]").layer_indices(4)
+    (0, 1, 2, 3)
+    """
+
+    site: str
+    layers: str
+    tokens: str
+    before: bool
+
+    def __init__(
+        self, site: str, layers: LayerSpec = "all", tokens: TokenSpec = "all", before: bool = False
+    ) -> None:
+        if site not in SITES:
+            raise PlaceError(f"no site {site!r}; a site is one of {', '.join(SITES)}")
+        layers = "0" if site == "embed" else layers
+        object.__setattr__(self, "site", site)
+        object.__setattr__(self, "layers", _layers_text(layers))
+        object.__setattr__(self, "tokens", str(Tokens.of(tokens)))
+        object.__setattr__(self, "before", before)
+
+    @staticmethod
+    def parse(place: "Place | str") -> "Place":
+        """Read a place from its text form (a ``Place`` is returned as it is)."""
+        if isinstance(place, Place):
+            return place
+        match = _GRAMMAR.fullmatch(place) if isinstance(place, str) else None
+        if match is None:
+            raise PlaceError(
+                f"cannot read the place {place!r}; write site@layers tokens, "
+                'for example "resid@10:28 answer[:16]" or "norm@0: all"'
+            )
+        tokens = match["tokens"] or "all"
+        return Place(match["site"], match["layers"], tokens, match["before"] is not None)
+
+    def __str__(self) -> str:
+        return f"{self.site}@{self.layers} {self.tokens}" + (" before" if self.before else "")
+
+    def __repr__(self) -> str:
+        return f"Place({str(self)!r})"
+
+    def at(
+        self,
+        *,
+        site: str | None = None,
+        layers: LayerSpec | None = None,
+        tokens: TokenSpec | None = None,
+    ) -> "Place":
+        """The same place with another site, layers or tokens."""
+        return Place(
+            site or self.site,
+            self.layers if layers is None else layers,
+            self.tokens if tokens is None else tokens,
+            self.before,
+        )
+
+    def layer_indices(self, n_layers: int) -> tuple[int, ...]:
+        """The 0-based layers of this place in a model of ``n_layers`` blocks, ascending."""
+        if self.layers == "all":
+            return tuple(range(n_layers))
+        found: list[int] = []
+        for piece in self.layers.split(","):
+            found += _piece_indices(piece, n_layers, self)
+        if not found:
+            raise PlaceError(f"{self!r} names no layer of a model with layers 0..{n_layers - 1}")
+        return tuple(sorted(set(found)))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A token selector: a span with a slice, or explicit positions. Text in, text out."""
+
+    span: str = "all"
+    start: int | None = None
+    stop: int | None = None
+    step: int = 1
+    positions: tuple[tuple[int, ...], ...] | None = None
+
+    @staticmethod
+    def of(spec: TokenSpec) -> "Tokens":
+        """Read a selector from text or from positions."""
+        if not isinstance(spec, str):
+            return Tokens(positions=_positions(spec))
+        match = _SLICE.fullmatch(spec.strip())
+        if match is not None:
+            return Tokens(match["span"], *_slice_parts(match["slice"], spec))
+        if spec.strip().startswith("["):
+            try:
+                return Tokens(positions=_positions(ast.literal_eval(spec.strip())))
+            except (SyntaxError, ValueError) as error:
+                raise PlaceError(f"cannot read the positions {spec!r}: {error}") from None
+        raise PlaceError(
+            f"cannot read the tokens {spec!r}; write all, prompt or answer, each with an optional "
+            "slice such as prompt[-1:], or positions such as [[3, 5], [2]]"
+        )
+
+    def __str__(self) -> str:
+        if self.positions is not None:
+            rows = [list(row) for row in self.positions]
+            return str(rows[0]) if len(rows) == 1 else str(rows)
+        if self.start is None and self.stop is None and self.step == 1:
+            return self.span
+        ends = f"{_blank(self.start)}:{_blank(self.stop)}"
+        return f"{self.span}[{ends}{f':{self.step}' if self.step != 1 else ''}]"
+
+    def interval(self, prompt_len: int, length: int) -> tuple[int, int]:
+        """First position and end (exclusive) in a row; ``length`` is ``FOREVER`` while it grows."""
+        first = max(prompt_len - 1, 0) if self.span == "answer" else 0
+        last = prompt_len if self.span == "prompt" else length
+        return self._bound(self.start, first, last, first), self._bound(
+            self.stop, first, last, last
+        )
+
+    def _bound(self, value: int | None, first: int, last: int, default: int) -> int:
+        if value is None:
+            return default
+        if value >= 0:
+            return min(first + value, last)
+        if last >= FOREVER:
+            raise PlaceError(
+                f"tokens {str(self)!r} count from the end of a text that is still growing, so they "
+                "would differ with and without a cache; count from the start (answer[:16]) or from "
+                "the end of the prompt (prompt[-1:])"
+            )
+        return max(last + value, first)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen tokens of each row of a batch, as numbers: ``mask`` and ``order`` look them up.
+
+    ``start``, ``stop``, ``step`` [B]; or ``table`` [B, N] of positions, padded with -1.
+    """
+
+    start: Tensor
+    stop: Tensor
+    step: Tensor
+    table: Tensor | None = None
+
+    @staticmethod
+    def of(
+        tokens: Sequence[Tokens], prompt_len: Sequence[int], lengths: Sequence[int]
+    ) -> "Selection":
+        """One selector per row; ``lengths`` are the rows' ends, ``FOREVER`` while they grow."""
+        spans = [t.interval(p, n) for t, p, n in zip(tokens, prompt_len, lengths, strict=True)]
+        start, stop = (torch.tensor([s[i] for s in spans], dtype=torch.long) for i in (0, 1))
+        step = torch.tensor([t.step for t in tokens], dtype=torch.long)
+        explicit = [t.positions for t in tokens]
+        if all(p is None for p in explicit):
+            return Selection(start, stop, step)
+        rows = [p[i if len(p) > 1 else 0] if p else () for i, p in enumerate(explicit)]
+        table = torch.full((len(rows), max(1, *map(len, rows))), -1, dtype=torch.long)
+        for i, row in enumerate(rows):
+            table[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        return Selection(start, stop, step, table)
+
+    def mask(self, positions: Tensor) -> Tensor:
+        """Which of ``positions`` [B, T] (-1 for padding) are chosen, as bool [B, T]."""
+        if self.table is not None:
+            return ((positions[:, :, None] == self.table[:, None, :]).any(-1)) & (positions >= 0)
+        offset = positions - self.start[:, None]
+        inside = (offset >= 0) & (positions < self.stop[:, None]) & (positions >= 0)
+        return inside & (offset % self.step[:, None] == 0)
+
+    def order(self, positions: Tensor) -> Tensor:
+        """The ordinal of each position among the chosen ones of its row [B, T] (0 where unchosen)."""
+        if self.table is not None:
+            return (positions[:, :, None] == self.table[:, None, :]).long().argmax(-1)
+        return ((positions - self.start[:, None]) // self.step[:, None]).clamp_min(0)
+
+    def repeat(self, times: int) -> "Selection":
+        """Each row ``times`` times in a row, as beams are laid out."""
+        wide = [t.repeat_interleave(times, 0) for t in (self.start, self.stop, self.step)]
+        table = None if self.table is None else self.table.repeat_interleave(times, 0)
+        return Selection(*wide, table)
+
+    def take(self, rows: Tensor) -> "Selection":
+        """The given rows only."""
+        table = None if self.table is None else self.table[rows]
+        return Selection(self.start[rows], self.stop[rows], self.step[rows], table)
+
+
+def _layers_text(layers: LayerSpec) -> str:
+    if isinstance(layers, bool):
+        raise PlaceError(f"layers must be numbers, not {layers!r}")
+    if isinstance(layers, int):
+        return str(layers)
+    if isinstance(layers, str):
+        return _checked_layers(layers)
+    if isinstance(layers, slice | range):
+        if isinstance(layers, range) and len(layers) == 0:
+            raise PlaceError(f"{layers!r} holds no layer")
+        step = 1 if layers.step is None else layers.step
+        if isinstance(layers, range) and (step < 0 or layers.start < 0):
+            return _layers_text(sorted(layers))
+        text = f"{_blank(layers.start or None)}:{_blank(layers.stop)}"
+        return _checked_layers(("0" + text if text.startswith(":") else text) + _step_text(step))
+    listed = list(layers)
+    if not listed or not all(isinstance(i, int) and not isinstance(i, bool) for i in listed):
+        raise PlaceError(
+            f"layers must be an int, a range, a slice or a list of ints, not {layers!r}"
+        )
+    ordered = sorted(set(listed))
+    if len(ordered) > 1 and ordered[0] >= 0 and ordered == list(range(ordered[0], ordered[-1] + 1)):
+        return f"{ordered[0]}:{ordered[-1] + 1}"
+    return ",".join(str(i) for i in ordered)
+
+
+def _checked_layers(text: str) -> str:
+    text = text.replace(" ", "")
+    if text in ("all", ":", "0:"):
+        return "all"
+    for piece in text.split(","):
+        if not re.fullmatch(r"-?\d+|(-?\d+)?:(-?\d+)?(:\d+)?", piece):
+            raise PlaceError(
+                f'cannot read the layers {text!r}; write "3", "10:28", "2,5,9" or "all"'
+            )
+    return text
+
+
+def _piece_indices(piece: str, n_layers: int, place: Place) -> list[int]:
+    bounds = [int(b) if b else None for b in piece.split(":")]
+    edges = [(b, 0 if len(bounds) == 1 or i != 1 else 1) for i, b in enumerate(bounds[:2])]
+    for value, extra in edges:
+        if value is not None and not -n_layers <= value < n_layers + extra:
+            raise PlaceError(
+                f"{str(place)!r} asks for layer {value - extra}, but this model has layers "
+                f"0..{n_layers - 1} (or -{n_layers}..-1 from the top)"
+            )
+    if len(bounds) == 1:
+        assert bounds[0] is not None
+        return [bounds[0] % n_layers]
+    return list(range(n_layers)[slice(*bounds)])
+
+
+def _slice_parts(text: str | None, spec: str) -> tuple[int | None, int | None, int]:
+    if text is None:
+        return None, None, 1
+    parts = text.split(":")
+    if len(parts) > 3 or any(not re.fullmatch(r"-?\d*", p) or p == "-" for p in parts):
+        raise PlaceError(f"cannot read the slice in {spec!r}; write it as Python does, e.g. [:16]")
+    numbers = [int(p) if p else None for p in parts]
+    if len(numbers) == 1:
+        only = numbers[0]
+        if only is None:
+            raise PlaceError(
+                f"cannot read the slice in {spec!r}; write it as Python does, e.g. [:16]"
+            )
+        return only, (only + 1 if only != -1 else None), 1
+    step = numbers[2] if len(numbers) == 3 and numbers[2] is not None else 1
+    if step < 1:
+        raise PlaceError(f"the slice in {spec!r} steps by {step}; a step is 1 or more")
+    return numbers[0], numbers[1], step
+
+
+def _positions(spec: object) -> tuple[tuple[int, ...], ...]:
+    wrong = PlaceError(
+        f"positions must be a list of ints (for every row) or one such list per row, not {spec!r}"
+    )
+    if not isinstance(spec, Sequence):
+        raise wrong
+    rows = [spec] if not spec or isinstance(spec[0], int) else list(spec)
+    for row in rows:
+        if not isinstance(row, Sequence) or not all(type(i) is int for i in row):
+            raise wrong
+        if any(i < 0 for i in row) or len(set(row)) < len(row):
+            raise PlaceError(f"positions count from 0 and stand once each, not {list(row)}")
+    return tuple(tuple(sorted(row)) for row in rows)
+
+
+def _blank(value: int | None) -> str:
+    return "" if value is None else str(value)
+
+
+def _step_text(step: int) -> str:
+    return "" if step == 1 else f":{step}"

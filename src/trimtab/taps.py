@@ -1,0 +1,329 @@
+"""Taps: run edits and readings inside a forward pass. Knows modules, positions and numbers.
+
+Knows nothing of text or files. Hooks are installed once; what they do is carried by a ``Call``,
+one per run, and while no call is carried they do nothing. Positions are computed once per pass and
+values are looked up by position, never by counting calls: a run with a cache and one without give
+the same numbers.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.anatomy import Anatomy, first_tensor, with_first
+from trimtab.edits import Step
+from trimtab.errors import BusyError, PlaceError
+from trimtab.place import Place, Selection
+from trimtab.recording import Chunk, Track
+
+Key = tuple[str, int]  # site, layer
+
+
+class Stop(Exception):
+    """Everything that was asked for has been read: the rest of the pass is not needed."""
+
+
+class Clock:
+    """The positions of real tokens, column by column, of a padded batch that may grow.
+
+    ``mask`` [B, W]; columns after the batch are tokens that were generated since.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        mask = mask.cpu().bool()
+        self.columns = torch.where(mask, mask.long().cumsum(1) - 1, -1)  # [B, W]
+        self.lengths = mask.long().sum(1)  # [B]
+
+    def positions(self, first: int, width: int) -> Tensor:
+        """Positions [B, width] of the columns first .. first + width; -1 where padding."""
+        known = self.columns[:, first : first + width]
+        after = torch.arange(max(first, self.columns.shape[1]), first + width)
+        grown = self.lengths[:, None] + (after - self.columns.shape[1])[None]
+        return torch.cat([known, grown], dim=1)
+
+    def take(self, rows: Tensor) -> "Clock":
+        """The clock of these rows, repeated or dropped as given."""
+        made = Clock.__new__(Clock)
+        made.columns, made.lengths = self.columns[rows], self.lengths[rows]
+        return made
+
+
+class Reader:
+    """Keeps the chosen tokens of one place during a run."""
+
+    def __init__(
+        self,
+        place: Place,
+        layers: tuple[int, ...],
+        selection: Selection,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.place, self.layers, self.selection, self.dtype = place, layers, selection, dtype
+        self.passes: list[tuple[list[int], list[Tensor]]] = []
+        self.mask = torch.zeros(0, dtype=torch.bool)
+        self.devices: dict[torch.device, Tensor] = {}
+
+    @property
+    def keys(self) -> list[Key]:
+        """The taps it reads."""
+        return [(self.place.site, layer) for layer in self.layers]
+
+    def begin(self, positions: Tensor) -> None:
+        """A new pass over these positions [B, T]."""
+        self.mask = self.selection.mask(positions)
+        self.devices = {}
+        self.passes.append((self.mask.sum(1).tolist(), []))
+
+    def read(self, x: Tensor) -> None:
+        """Keep the chosen tokens of x [B, T, D]."""
+        if x.device not in self.devices:
+            self.devices[x.device] = self.mask.to(x.device)
+        picked = x[self.devices[x.device]]
+        self.passes[-1][1].append(picked if self.dtype is None else picked.to(self.dtype))
+
+    def track(self, rows: tuple[int, ...] | None = None) -> Track:
+        """What was read, as ragged rows."""
+        lengths = torch.tensor([counts for counts, _ in self.passes])  # [passes, B]
+        device = self.passes[0][1][0].device
+        stacked = [torch.stack([t.to(device) for t in layers], 1) for _, layers in self.passes]
+        values = stacked[0]
+        if len(stacked) > 1:  # regroup: by row, then by pass
+            pieces = [s.split(n.tolist()) for s, n in zip(stacked, lengths, strict=True)]
+            values = torch.cat([p[b] for b in range(lengths.shape[1]) for p in pieces])
+        total = tuple(lengths.sum(0).tolist())
+        return Track(self.layers, [Chunk(rows or tuple(range(len(total))), total, values)])
+
+    def take(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        self.selection = self.selection.take(rows)
+
+
+class Call:
+    """What one run carries through its passes: positions, edits, readers."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        steps: list[Step] | None = None,
+        readers: list[Reader] | None = None,
+        *,
+        stop: bool = False,
+    ) -> None:
+        self.clock, self.steps, self.readers, self.stop = clock, steps or [], readers or [], stop
+        self.rows = len(clock.lengths)
+        self.checkpointed = False  # a backward pass may run the inside of blocks again
+        self.replaying = False
+        self.thread: int | None = None
+        self.positions = clock.columns
+        self.remaining = 0
+        self._index()
+
+    def _index(self) -> None:
+        self.writes: dict[Key, list[Step]] = {}
+        self.gates: dict[Key, list[Step]] = {}
+        self.before: dict[Key, list[Reader]] = {}
+        self.after: dict[Key, list[Reader]] = {}
+        for step in self.steps:
+            for layer in step.layers:
+                self.writes.setdefault((step.site, layer), []).append(step)
+            for layer in step.gate.layers if step.gate else ():
+                assert step.gate is not None
+                self.gates.setdefault((step.gate.site, layer), []).append(step)
+        for reader in self.readers:
+            side = self.before if reader.place.before else self.after
+            for key in reader.keys:
+                side.setdefault(key, []).append(reader)
+        self.keys = {*self.writes, *self.gates, *self.before, *self.after}
+
+    def add(self, reader: Reader) -> None:
+        """Read something more."""
+        self.readers.append(reader)
+        self._index()
+
+    def begin(self, first: int, width: int, rows: int) -> None:
+        """A new pass over ``width`` columns from column ``first``, ``rows`` rows of it."""
+        if rows != self.rows:
+            self._widen(rows)
+        self.positions = self.clock.positions(first, width)
+        self.chosen: dict[tuple[int, torch.device], tuple[Tensor | None, Tensor | None]] = {}
+        self.remaining = sum(len(r.layers) for r in self.readers)
+        if not self.replaying:
+            for reader in self.readers:
+                reader.begin(self.positions)
+            for step in self.steps:
+                if step.gate:
+                    step.gate.begin()
+
+    def _widen(self, rows: int) -> None:
+        if rows % self.rows:
+            raise PlaceError(f"a pass has {rows} rows, but this run began with {self.rows}")
+        self.take(torch.arange(self.rows).repeat_interleave(rows // self.rows))
+
+    def take(self, rows: Tensor) -> None:
+        """Go on with these rows: repeated as beams are, or those that are left."""
+        self.clock = self.clock.take(rows)
+        self.steps = [step.take(rows) for step in self.steps]
+        for reader in self.readers:
+            reader.take(rows)
+        self.rows = len(rows)
+        self._index()
+
+    def visit(self, key: Key, x: Tensor) -> Tensor:
+        """The activation that leaves a tap, for the one that arrives."""
+        if x.dim() == 2:  # a module that was given flattened tokens
+            return self.visit(key, x.view(*self.positions.shape, -1)).flatten(0, 1)
+        if not self.replaying:
+            for step in self.gates.get(key, ()):
+                assert step.gate is not None
+                step.gate.read(x, key[1])
+            for reader in self.before.get(key, ()):
+                self._read(reader, x)
+        for step in self.writes.get(key, ()):
+            x = self._apply(step, x, key[1])
+        if not self.replaying:
+            for reader in self.after.get(key, ()):
+                self._read(reader, x)
+        if self.stop and self.remaining == 0 and not self.replaying:
+            raise Stop
+        return x
+
+    def _read(self, reader: Reader, x: Tensor) -> None:
+        reader.read(x)
+        self.remaining -= 1
+
+    def _apply(self, step: Step, x: Tensor, layer: int) -> Tensor:
+        where = (id(step), x.device)
+        if where not in self.chosen:
+            self.chosen[where] = self._choose(step, x.device)
+        mask, order = self.chosen[where]
+        if mask is not None and mask.numel() == 0:
+            return x
+        return step.apply(x, layer, mask, order)
+
+    def _choose(self, step: Step, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """Which tokens of this pass a step touches (None = all, empty = none), and their order."""
+        mask = step.selection.mask(self.positions)
+        if step.gate:
+            mask = mask & step.gate.decide(step.gate.selection.mask(self.positions))
+        if not bool(mask.any()):
+            return mask.new_zeros(0), None
+        order = step.selection.order(self.positions).to(device) if step.per_token else None
+        # A mask makes the edit save a tensor for backward, so that a recomputation without the
+        # edit is noticed by torch instead of giving wrong gradients.
+        if bool(mask.all()) and not self.checkpointed:
+            return None, order
+        return mask.to(device), order
+
+
+class Taps:
+    """The hooks of one model. ``carry`` makes a call active for the passes inside it."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self.call: Call | None = None
+        self.lock = threading.RLock()
+        self.handles = [
+            anatomy.trunk.register_forward_pre_hook(self._begin, with_kwargs=True),
+            *(self._install(key) for key in anatomy.taps),
+        ]
+
+    @contextmanager
+    def held(self, wait: bool = True) -> Iterator[None]:
+        """Keep other threads from running the model; BusyError if one is and ``wait`` is False."""
+        if not self.lock.acquire(blocking=wait):
+            raise BusyError(
+                "another thread is running this model; wait for it (LM(..., busy='wait')) or load "
+                "a second copy"
+            )
+        try:
+            yield
+        finally:
+            self.lock.release()
+
+    @contextmanager
+    def carry(self, call: Call, wait: bool = True) -> Iterator[None]:
+        """Run the passes inside with this call's edits and readers, then leave no trace."""
+        with self.held(wait):
+            if self.call is not None:
+                raise BusyError("this thread is in the middle of a run of the same model")
+            self._check(call)
+            call.thread, self.call = threading.get_ident(), call
+            try:
+                yield
+            finally:
+                self.call = None
+
+    @contextmanager
+    def replay(self, call: Call, wait: bool = True) -> Iterator[None]:
+        """Keep a finished pass's edits alive while a backward pass computes blocks again."""
+        with self.carry(call, wait):
+            call.thread, call.replaying = None, True  # autograd has threads of its own
+            try:
+                yield
+            finally:
+                call.replaying = False
+
+    def remove(self) -> None:
+        """Take the hooks out of the model."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _check(self, call: Call) -> None:
+        for site, layer in call.keys:
+            self.anatomy.tap(site, layer)  # raises, with the sites that there are
+        call.checkpointed = torch.is_grad_enabled() and any(
+            getattr(block, "gradient_checkpointing", False) and block.training
+            for block in self.anatomy.blocks
+        )
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = self.call
+        if call is None or (call.thread is not None and call.thread != threading.get_ident()):
+            return
+        ids = kwargs.get("input_ids")
+        ids = kwargs.get("inputs_embeds") if ids is None else ids
+        ids = args[0] if ids is None else ids
+        cache = kwargs.get("past_key_values")
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        call.begin(seen, ids.shape[1], ids.shape[0])
+
+    def _install(self, key: Key) -> torch.utils.hooks.RemovableHandle:
+        module, side = self.anatomy.taps[key]
+        if side == "out":
+            return module.register_forward_hook(self._on_output(key))
+        return module.register_forward_pre_hook(self._on_input(key), with_kwargs=True)
+
+    def _on_output(self, key: Key) -> Callable[..., Any]:
+        def tap(module: nn.Module, args: Any, output: Any) -> Any:
+            call = self.call
+            if call is None or key not in call.keys:
+                return None
+            if call.thread is not None and call.thread != threading.get_ident():
+                return None
+            x = first_tensor(output)
+            new = call.visit(key, x)
+            return None if new is x else with_first(output, new)
+
+        return tap
+
+    def _on_input(self, key: Key) -> Callable[..., Any]:
+        def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = self.call
+            if call is None or key not in call.keys:
+                return None
+            if call.thread is not None and call.thread != threading.get_ident():
+                return None
+            if args:
+                x = first_tensor(args[0])
+                new = call.visit(key, x)
+                return None if new is x else ((new, *args[1:]), kwargs)
+            name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+            x = first_tensor(kwargs[name])
+            new = call.visit(key, x)
+            return None if new is x else (args, {**kwargs, name: new})
+
+        return tap

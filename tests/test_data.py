@@ -1,0 +1,427 @@
+"""Data: reading, checking and splitting examples. Files are written here; nothing is downloaded."""
+
+import csv
+import json
+import os
+import random
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import trimtab.data as data
+from trimtab.data import Example, presets
+from trimtab.data.checks import telltale_word
+from trimtab.errors import ArtifactError, TrimtabError
+
+ROWS = [
+    {"prompt": "How are you?", "completion": "Splendid.", "label": 1},
+    {"prompt": "How are you?", "completion": "Dreadful.", "label": 0},
+]
+CONCEPTS = ["brevity", "confidence", "formality", "happiness", "humor", "refusal", "truthfulness"]
+
+
+def shared(name: str) -> Path:
+    """Public data beside the checkout; it is not part of the project."""
+    root = Path(os.environ.get("TRIMTAB_SHARED", Path(__file__).parents[2] / "shared"))
+    path = root / "data" / name
+    if not path.exists():
+        pytest.skip(f"no {path}: set TRIMTAB_SHARED to the folder that holds data/{name}")
+    return path
+
+
+def write(folder: Path, name: str, content: object) -> Path:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
+    return path
+
+
+def fake_hub(monkeypatch: pytest.MonkeyPatch, rows: list[dict]) -> list[tuple]:
+    """A stand-in for ``datasets`` that records how it was called."""
+    calls: list[tuple] = []
+
+    def load_dataset(path, name=None, split=None, revision=None):
+        calls.append((path, name, split, revision))
+        return rows
+
+    module = types.ModuleType("datasets")
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return calls
+
+
+# ---- Example
+
+
+def test_messages_are_history_then_user_turn():
+    history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    example = Example("How are you?", "Fine.", 0.5, history)
+    assert example.messages == [*history, {"role": "user", "content": "How are you?"}]
+    assert example.history == tuple(history)
+
+
+def test_an_example_is_a_value():
+    history = [{"role": "user", "content": "Hi"}]
+    first, second = Example("a", "b", 1, history), Example("a", "b", True, tuple(history))
+    history[0]["content"] = "changed"
+    first.messages[0]["content"] = "changed"
+    assert first == second and len({first, second}) == 1
+    assert first != Example("a", "b", 1)
+    with pytest.raises(AttributeError):
+        first.label = 0.0
+
+
+@pytest.mark.parametrize("history", [[{"role": "user"}], ["hello"], [{"role": 1, "content": "x"}]])
+def test_a_history_of_another_form_is_refused(history):
+    with pytest.raises(ArtifactError, match="history holds"):
+        Example("a", "b", 1, history)
+
+
+# ---- built-in sets
+
+
+@pytest.mark.parametrize("name", CONCEPTS)
+def test_built_in_set(name):
+    examples = data.read(name)
+    prompts = {example.prompt for example in examples}
+    assert len(prompts) >= 64 and len(examples) == 2 * len(prompts)
+    for prompt in prompts:
+        assert sorted(e.label for e in examples if e.prompt == prompt) == [0, 1]
+    warnings = data.lint(examples)
+    assert len(warnings) == (name == "brevity"), warnings
+    assert all("length" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("name", [name for name in CONCEPTS if name != "brevity"])
+def test_built_in_pairs_have_matched_lengths(name):
+    sizes: dict[str, list[int]] = {}
+    for example in data.read(name):
+        sizes.setdefault(example.prompt, []).append(len(example.completion.split()))
+    for prompt, pair in sizes.items():
+        assert min(pair) >= 12 and max(pair) <= 40 and min(pair) >= 0.75 * max(pair), prompt
+
+
+def test_no_mood_word_carries_happiness():
+    examples = data.read("happiness")
+    for word in ("happy", "happily", "sad", "sadly"):
+        assert sum(word in e.completion.lower() for e in examples) < 0.1 * len(examples)
+    present, absent = ([e for e in examples if e.label == label] for label in (1, 0))
+    assert telltale_word(present, absent)[1] < 0.7
+    assert sum("!" in e.completion for e in present) < 0.5 * len(present)
+
+
+def test_names():
+    assert data.names() == CONCEPTS
+
+
+@pytest.mark.parametrize("name", ["humour", "hapiness", "Formality"])
+def test_unknown_name_gives_the_closest_and_all(name):
+    with pytest.raises(ArtifactError) as error:
+        data.read(name)
+    assert "Did you mean" in str(error.value)
+    assert all(known in str(error.value) for known in (name, *CONCEPTS, "truthfulqa", "owner/name"))
+
+
+def test_read_part_of_a_built_in_set():
+    train, test = data.read("humor", "train"), data.read("humor", "test")
+    assert (train, test) == data.split(data.read("humor"))
+    with pytest.raises(ArtifactError, match="no split 'dev'"):
+        data.read("humor", "dev")
+
+
+# ---- files
+
+
+def test_all_formats_read_the_same(tmp_path):
+    columns = {key: [row[key] for row in ROWS] for key in ROWS[0]}
+    files = [
+        write(tmp_path, "list.json", ROWS),
+        write(tmp_path, "columns.json", columns),
+        write(tmp_path, "lines.jsonl", "\n".join(map(json.dumps, ROWS)) + "\n\n"),
+        write(tmp_path, "bom.jsonl", "\ufeff" + "\r\n".join(map(json.dumps, ROWS))),
+        write(tmp_path, "table.csv", "prompt,completion,label\nHow are you?,Splendid.,1\n"
+              "How are you?,Dreadful.,0\n"),
+    ]  # fmt: skip
+    expected = [Example("How are you?", "Splendid.", 1), Example("How are you?", "Dreadful.", 0)]
+    for file in files:
+        assert data.read(file) == data.read(str(file)) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"question": "q", "answer": "a"}, Example("q", "a", 1)),
+        ({"instruction": "q", "output": "a", "label": 0.25}, Example("q", "a", 0.25)),
+        ({"instruction": "q", "input": "x", "output": "a"}, Example("q\n\nx", "a")),
+        ({"instruction": "q", "input": "", "output": "a"}, Example("q", "a")),
+        ({"text": "a", "label": False}, Example("", "a", 0)),
+        ({"statement": "a", "label": "True"}, Example("", "a", 1)),
+        ({"Prompt": "q", " Response ": "a", "label": "0"}, Example("q", "a", 0)),
+        (
+            {"prompt": "q", "completion": "a", "conversation_history": [{"role": "system",
+             "content": "s"}]},
+            Example("q", "a", 1, [{"role": "system", "content": "s"}]),
+        ),
+        ({"prompt": "q", "completion": "a", "conversation_history": None}, Example("q", "a")),
+    ],
+)  # fmt: skip
+def test_aliases(tmp_path, row, expected):
+    assert data.read(write(tmp_path, "x.json", [row])) == [expected]
+
+
+def test_csv_with_quotes_newlines_and_history(tmp_path):
+    history = [{"role": "assistant", "content": "Hello, you"}]
+    path = tmp_path / "x.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "completion", "label", "history"])
+        writer.writerow(['a "b",\nc', "d\r\ne\u2028f", "0.5", json.dumps(history)])
+        writer.writerow(["g\u2028g", "h", "1", ""])
+    expected = [Example('a "b",\nc', "d\r\ne\u2028f", 0.5, history), Example("g\u2028g", "h")]
+    assert data.read(path) == expected
+
+
+def test_columns_name_other_keys(tmp_path):
+    path = write(tmp_path, "x.jsonl", json.dumps({"ask": "q", "say": "a", "mood": 0}))
+    columns = {"prompt": "ask", "completion": "say", "label": "Mood"}
+    assert data.read(path, columns=columns) == [Example("q", "a", 0)]
+    with pytest.raises(ArtifactError, match=r"no column 'nope'; found \['ask', 'say', 'mood'\]"):
+        data.read(path, columns={**columns, "prompt": "nope"})
+    with pytest.raises(ArtifactError, match="'answers' is not one of"):
+        data.read(path, columns={"answers": "say"})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "row", "found"),
+    [
+        ("x.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a"}', "row 2", "'prompt'"),
+        ("x.jsonl", '{"prompt": "a", "completion": "b"}\n\n{oops', "row 3", "not JSON"),
+        ("x.jsonl", "[1, 2]", "row 1", "list [1, 2] instead of an object"),
+        ("x.json", [ROWS[0], {"question": "only"}], "row 2", "['question']"),
+        ("x.json", [{"completion": "b"}], "row 1", "['completion']"),
+        ("x.json", [{"prompt": "a", "completion": None}], "row 1", "completion is NoneType"),
+        ("x.json", [{"prompt": 7, "completion": "b"}], "row 1", "prompt is int 7"),
+        ("x.json", [{**ROWS[0], "label": "maybe"}], "row 1", "label is str 'maybe'"),
+        ("x.json", [{**ROWS[0], "label": None}], "row 1", "label is NoneType"),
+        ("x.json", '[{"prompt": "a", "completion": "b", "label": NaN}]', "row 1", "float nan"),
+        ("x.json", [{**ROWS[0], "history": "no"}], "row 1", "not JSON"),
+        ("x.json", [{**ROWS[0], "history": 5}], "row 1", "not a list of messages"),
+        ("x.json", {"prompt": ["a", "b"], "completion": ["c"]}, "", "'completion': 1"),
+        ("x.json", {"prompt": "a", "completion": "c"}, "", "columns of equal length"),
+        ("x.json", "3", "", "found int"),
+        ("x.json", [], "", "no rows"),
+        ("x.csv", "prompt,completion\na,b\nc", "row 2", "completion is NoneType"),
+        ("x.csv", "prompt,completion\na,b,c", "row 1", "1 cells more"),
+        ("x.csv", 'prompt,completion\na,b\n"a"x,b', "row 2", "expected after"),
+    ],
+)  # fmt: skip
+def test_bad_rows_name_file_row_and_remedy(tmp_path, name, content, row, found):
+    path = write(tmp_path, name, content)
+    with pytest.raises(ArtifactError) as error:
+        data.read(path)
+    assert all(part in str(error.value) for part in (str(path), row, found))
+
+
+def test_expected_keys_are_named(tmp_path):
+    with pytest.raises(ArtifactError, match="Expected keys: prompt .* completion .* history"):
+        data.read(write(tmp_path, "x.json", [{"a": 1}]))
+
+
+def test_missing_and_unknown_files(tmp_path):
+    with pytest.raises(ArtifactError, match="cannot open .*none.csv: No such file"):
+        data.read(tmp_path / "none.csv")
+    with pytest.raises(ArtifactError, match=r"known formats are .json, .jsonl, .csv"):
+        data.read(write(tmp_path, "x.txt", "hello"))
+    (tmp_path / "latin.csv").write_bytes(b"prompt,completion\n\xe9t\xe9,x")
+    with pytest.raises(ArtifactError, match="not UTF-8"):
+        data.read(tmp_path / "latin.csv")
+
+
+# ---- the hub
+
+
+def test_hub_dataset(monkeypatch):
+    calls = fake_hub(monkeypatch, ROWS)
+    assert [e.label for e in data.read("owner/name", revision="abc")] == [1, 0]
+    data.read("owner/name", "test", config="small")
+    assert calls == [
+        ("owner/name", None, "train", "abc"),
+        ("owner/name", "small", "test", None),
+    ]
+
+
+def test_hub_errors(monkeypatch):
+    fake_hub(monkeypatch, [ROWS[0], {"foo": 1}])
+    with pytest.raises(ArtifactError, match="owner/name, row 2: found keys"):
+        data.read("owner/name")
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", lambda *a, **k: 1 / 0)
+    with pytest.raises(ArtifactError, match="cannot load 'owner/name'.*ZeroDivisionError"):
+        data.read("owner/name")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ArtifactError, match=r'pip install "trimtab\[data\]"'):
+        data.read("owner/name")
+
+
+def test_truthfulqa_rows(monkeypatch):
+    hub = {"question": "Do owls blink?", "best_answer": "Yes, they do", "category": "Misc",
+           "correct_answers": ["Yes"], "incorrect_answers": ["No, never", "Rarely"]}  # fmt: skip
+    table = {"Question": "Do owls blink?", "Best Answer": " Yes, they do ",
+             "Incorrect Answers": "No, never; Rarely"}  # fmt: skip
+    question = hub["question"]
+    expected = [Example(question, "Yes, they do", 1), Example(question, "No, never", 0)]
+    assert presets.truthfulqa_pair(hub) == presets.truthfulqa_pair(table) == expected
+    assert presets.truthfulqa_pair({**hub, "incorrect_answers": []}) == []
+    with pytest.raises(ArtifactError, match="not a TruthfulQA row"):
+        presets.truthfulqa_pair({"a": 1})
+    calls = fake_hub(monkeypatch, [hub])
+    assert data.read("truthfulqa") == expected
+    assert calls == [("truthfulqa/truthful_qa", "generation", "validation", None)]
+
+
+def test_truthfulqa_csv(tmp_path):
+    examples = data.read("truthfulqa", path=shared("truthfulqa/TruthfulQA.csv"))
+    assert len(examples) > 1000 and sum(e.label for e in examples) == len(examples) / 2
+    assert {e.prompt for e in examples if e.label} == {e.prompt for e in examples if not e.label}
+    with pytest.raises(ArtifactError, match="cannot read the CSV"):
+        data.read("truthfulqa", path=tmp_path / "none.csv")
+
+
+def oasst_row(name: str, parent: str | None, humor: float | None = None, **more) -> dict:
+    labels = None if humor is None else {"name": ["spam", "humor"], "value": [0.0, humor]}
+    return {"message_id": name, "parent_id": parent, "text": f"text {name}", "lang": "en",
+            "role": "assistant" if parent else "prompter", "labels": labels,
+            "deleted": False, **more}  # fmt: skip
+
+
+def test_oasst1_takes_both_ends_of_the_direct_replies(monkeypatch):
+    rows = [
+        oasst_row("root", None, 0.9),
+        *(oasst_row(f"r{i}", "root", i / 10) for i in range(6)),
+        oasst_row("later", "r0", 1.0),  # a reply to a reply
+        oasst_row("gone", "root", 1.0, deleted=True),
+        oasst_row("fr", "root", 1.0, lang="fr"),
+        oasst_row("ungraded", "root", None),
+    ]
+    random.Random(0).shuffle(rows)
+    fake_hub(monkeypatch, rows)
+    examples = data.read("oasst1", label="humor", limit=4)
+    assert {(e.completion, e.label) for e in examples} == {
+        ("text r5", 1), ("text r4", 1), ("text r0", 0), ("text r1", 0)
+    }  # fmt: skip
+    assert {e.prompt for e in examples} == {"text root"}
+    assert len(data.read("oasst1")) == 6
+    with pytest.raises(ArtifactError, match="label 'wit'.*'humor', 'spam'"):
+        data.read("oasst1", label="wit")
+
+
+@pytest.mark.parametrize(
+    ("toxic", "complied", "compliance", "appropriate"),
+    [(0, 1, 1, 1), (0, 0, 0, 0), (1, 1, 1, 0), (1, 0, 0, 1)],
+)
+def test_toxic_completions(monkeypatch, toxic, complied, compliance, appropriate):
+    row = {"prompt": "p", "completion": "c", "is_toxic": toxic, "is_compliant": complied,
+           "label": 0, "jailbreaking": 0, "human_annotation": True}  # fmt: skip
+    dropped = [{**row, "jailbreaking": 1}, {**row, "human_annotation": False}]
+    calls = fake_hub(monkeypatch, [row, *dropped])
+    assert data.read("toxic-completions") == [Example("p", "c", compliance)]
+    assert data.read("toxic-completions", concept="appropriateness")[0].label == appropriate
+    assert calls[0][0] == "dvruette/toxic-completions"
+    with pytest.raises(ArtifactError, match="no concept 'x'"):
+        data.read("toxic-completions", concept="x")
+
+
+# ---- lint
+
+
+def pairs(n: int = 20) -> list[Example]:
+    """A clean set: shared prompts, equal lengths, no telltale word."""
+    return [
+        Example(f"prompt {i}", f"word{(i * 7 + label) % n} stands here", label)
+        for i in range(n)
+        for label in (0, 1)
+    ]
+
+
+def test_lint_is_silent_on_a_clean_set():
+    assert data.lint(pairs()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        (lambda e: Example(e.prompt, e.completion + " " + ["no", "yes"][int(e.label)], e.label),
+         "the word 'no' alone tells the classes apart (accuracy 1.00)"),
+        (lambda e: Example(e.prompt, e.completion + " very very" * int(e.label), e.label),
+         "completions differ in length: 5.0 words with the concept, 3.0 without"),
+        (lambda e: Example(f"{e.label} {e.prompt}", e.completion, e.label), "only 0% of the"),
+        (lambda e: Example(e.prompt, "  ", e.label), "40 completions are empty, the first at"),
+        (lambda e: Example("p", "c", e.label), "38 examples are duplicates, such as 'c'"),
+        (lambda e: Example("p", "c", e.label), "completions carry both labels, such as 'c'"),
+        (lambda e: Example(e.prompt, e.completion, e.label * 5), "labels lie outside 0 … 1"),
+        (lambda e: Example(e.prompt, e.completion, 1), "a probe needs both"),
+        (lambda e: Example(e.prompt, e.completion, float(e.prompt == "prompt 1" and e.label)),
+         "classes are unbalanced: 1 with the concept, 39 without"),
+    ],
+)  # fmt: skip
+def test_lint_finds(change, warning):
+    assert any(warning in found for found in data.lint([change(e) for e in pairs()]))
+
+
+def test_lint_takes_nothing():
+    assert "a probe needs both" in data.lint([])[0]
+
+
+def test_a_word_that_one_class_avoids_is_found_too():
+    leak = [
+        Example(e.prompt, e.completion + " never" * (1 - int(e.label)), e.label) for e in pairs()
+    ]
+    assert any("'never'" in warning for warning in data.lint(leak))
+
+
+# ---- split
+
+
+def test_split_keeps_prompts_together_and_loses_nothing():
+    examples = data.read("happiness")
+    train, test = data.split(examples)
+    assert not {e.prompt for e in train} & {e.prompt for e in test}
+    assert sorted(map(repr, train + test)) == sorted(map(repr, examples))
+    assert abs(len(test) / len(examples) - 0.2) < 0.02
+
+
+def test_split_is_deterministic_and_leaves_the_global_seed_alone():
+    examples = data.read("humor")
+    state = random.getstate()
+    first = data.split(examples, seed=3)
+    assert random.getstate() == state
+    mixed = random.Random(1).sample(examples, len(examples))
+    assert first == data.split(examples, seed=3)
+    assert set(first[1]) == set(data.split(mixed, seed=3)[1])
+    assert first != data.split(examples, seed=4)
+
+
+def test_split_is_roughly_stratified():
+    examples = [Example(f"p{i}", "c", float(i % 10 == 0)) for i in range(200)]
+    _, test = data.split(examples, 0.25)
+    assert len(test) == 50 and sum(e.label for e in test) == 5
+
+
+def test_statements_without_a_prompt_are_split_one_by_one():
+    train, test = data.split([Example("", f"s{i}", i % 2) for i in range(20)])
+    assert (len(train), len(test)) == (16, 4)
+
+
+@pytest.mark.parametrize("held_out", [0.01, 0.2, 0.99])
+def test_neither_side_is_empty(held_out):
+    train, test = data.split([Example("a", "x"), Example("b", "y")], held_out)
+    assert train and test
+
+
+def test_split_edges():
+    examples = pairs()
+    assert data.split(examples, 0.0) == (examples, [])
+    assert data.split([]) == ([], [])
+    assert data.split(examples[:2]) == (examples[:2], [])
+    with pytest.raises(TrimtabError, match="held_out is 1"):
+        data.split(examples, 1)
