@@ -1,8 +1,9 @@
 """Tiny random causal language models, one per architecture, built in code.
 
-Knows the configs of transformers and nothing of Trimtab. The weights are spread far wider than
-a fresh model's: at the usual std of .02 four layers give nearly constant logits, and every law
-that compares two runs would hold for want of a difference.
+Knows the configs of transformers and nothing of Trimtab, but for the table of which architecture
+has which site: `python tests/model_zoo.py > docs/architectures.md`. The weights are spread far
+wider than a fresh model's: at the usual std of .02 four layers give nearly constant logits, and
+every law that compares two runs would hold for want of a difference.
 """
 
 from __future__ import annotations
@@ -186,3 +187,36 @@ HYBRIDS: dict[str, Callable[..., PreTrainedModel]] = {
 def tiny(name: str, seed: int = 0, vocab_size: int = 512) -> PreTrainedModel:
     """The tiny model of that architecture, plain or hybrid; the same seed gives equal weights."""
     return (ARCHITECTURES | HYBRIDS)[name](seed=seed, vocab_size=vocab_size)
+
+
+_HEAD = """\
+# Architectures and their sites
+
+Made by `python tests/model_zoo.py > docs/architectures.md`; a test keeps it up to date. Every row
+is a tiny model of that type on which the laws of `tests/test_laws.py` hold. Where only some layers
+have a site, their number stands there. A decoder that is not here works too if its blocks are one
+list: ask `lm.sites()`.
+
+"""
+
+
+def architecture_table() -> str:
+    """Which architecture has which site, as a page of markdown."""
+    from trimtab.anatomy import Anatomy
+    from trimtab.place import SITES
+
+    def cell(anatomy: Anatomy, site: str) -> str:
+        layers = anatomy.layers(site)
+        everywhere = len(layers) == anatomy.n_layers or site == "embed"
+        some = f"{len(layers)} of {anatomy.n_layers} layers"
+        return "no" if not layers else "yes" if everywhere else some
+
+    lines = [("architecture", *SITES), ("---",) * (1 + len(SITES))]
+    for name in sorted(ARCHITECTURES | HYBRIDS):
+        anatomy = Anatomy.of(tiny(name))
+        lines.append((f"`{name}`", *(cell(anatomy, site) for site in SITES)))
+    return _HEAD + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    print(architecture_table(), end="")

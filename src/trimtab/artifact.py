@@ -9,6 +9,7 @@ hash, and says what is wrong. Nothing here executes what it reads.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -17,12 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from trimtab.errors import ArtifactError
+from trimtab.errors import ArtifactError, TrimtabError
 
 FORMAT = 1
 JSON_NAME, TENSORS_NAME = "artifact.json", "tensors.safetensors"
@@ -52,6 +52,18 @@ class Parts:
     tensors: dict[str, Tensor]
 
 
+_MAYBE_TEXT, _MAYBE_DICT = (str, type(None)), (dict, type(None))
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "kind": str,
+    "name": _MAYBE_TEXT,
+    "place": _MAYBE_TEXT,
+    "model": _MAYBE_DICT,
+    "made_by": dict,
+    "scores": dict,
+    "extra": _MAYBE_DICT,
+    "sha256": str,
+}
+
 _LOADERS: dict[str, Callable[[Parts], Any]] = {}
 _FOREIGN: list[Callable[[dict[str, Tensor], Path], Any | None]] = []
 
@@ -62,27 +74,45 @@ def register(kind: str, loader: Callable[[Parts], Any]) -> None:
 
 
 def register_foreign(reader: Callable[[dict[str, Tensor], Path], Any | None]) -> None:
-    """Teach ``tt.load`` a foreign safetensors file; the reader returns None if it is not its own."""
+    """Teach ``tt.load`` a foreign safetensors file; the reader returns None for others."""
     _FOREIGN.append(reader)
 
 
 def save(path: str | Path, parts: Parts) -> None:
-    """Write an artifact folder, whole or not at all. An artifact of that name is replaced."""
+    """Write an artifact folder, whole or not at all. An artifact of that name is replaced.
+
+    Raises ArtifactError where something else stands there, or where it cannot be written.
+    """
     target = Path(path)
-    if target.exists() and not (target / JSON_NAME).is_file():
+    if os.path.lexists(target) and not (target / JSON_NAME).is_file():
         raise ArtifactError(f"{target} exists and is not an artifact; choose another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    made: Path | None = None
     try:
-        tensors = {n: t.detach().cpu().contiguous().clone() for n, t in parts.tensors.items()}
-        save_file(tensors, made / TENSORS_NAME)
-        header = _header(parts) | {"sha256": _sha256(made / TENSORS_NAME)}
-        text = json.dumps(header, indent=2, ensure_ascii=False, allow_nan=False)
-        (made / JSON_NAME).write_text(text + "\n", encoding="utf-8")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        _write(made, parts)
         os.chmod(made, 0o755)
         replace_folder(made, target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ArtifactError(f"cannot write {target}: {reason}; choose another path") from None
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _write(folder: Path, parts: Parts) -> None:
+    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in parts.tensors.items()}
+    save_file(tensors, folder / TENSORS_NAME)
+    header = _header(parts) | {"sha256": _sha256(folder / TENSORS_NAME)}
+    try:
+        text = json.dumps(header, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"the meta of {parts.meta.name or 'this artifact'} holds what JSON cannot ({error}); "
+            "keep to text, finite numbers, lists and dicts"
+        ) from None
+    (folder / JSON_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def replace_folder(made: Path, target: Path) -> None:
@@ -106,25 +136,32 @@ def read(path: str | Path) -> Parts:
     raw = _bytes(folder / TENSORS_NAME)
     if hashlib.sha256(raw).hexdigest() != header["sha256"]:
         raise ArtifactError(
-            f"{folder / TENSORS_NAME} does not match the sha256 in {JSON_NAME}: it was changed or cut "
-            "short; save the artifact again or fetch a fresh copy"
+            f"{folder / TENSORS_NAME} does not match the sha256 in {JSON_NAME}: it was changed or "
+            "cut short; save the artifact again or fetch a fresh copy"
         )
     try:
         tensors = load(raw)
     except SafetensorError as error:
-        raise ArtifactError(f"{folder / TENSORS_NAME} cannot be read: {error}") from None
-    meta = Meta(*(header.get(k) for k in ("name", "model")), header["made_by"], header["scores"])
-    return Parts(header["kind"], meta, header.get("place"), header.get("extra", {}), tensors)
+        raise ArtifactError(
+            f"{folder / TENSORS_NAME} cannot be read ({error}); fetch a fresh copy"
+        ) from None
+    name, model = header.get("name"), header.get("model")
+    meta = Meta(name, model, header["made_by"], header["scores"])
+    return Parts(header["kind"], meta, header.get("place"), header.get("extra") or {}, tensors)
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
     """The JSON of an artifact, checked for format and completeness, without its tensors."""
     file = Path(path) / JSON_NAME
     if not file.is_file():
-        raise ArtifactError(f"no artifact at {path}: {JSON_NAME} is missing")
+        raise ArtifactError(
+            f"no artifact at {path}: {JSON_NAME} is missing; give the folder that .save(path) wrote"
+        )
     try:
-        header = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        header = json.loads(_bytes(file).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ArtifactError):
+            raise
         raise ArtifactError(f"{file} is not valid JSON ({error}); fetch a fresh copy") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         found = header.get("format") if isinstance(header, dict) else type(header).__name__
@@ -134,11 +171,15 @@ def read_header(path: str | Path) -> dict[str, Any]:
     missing = [k for k in ("kind", "made_by", "scores", "sha256") if k not in header]
     if missing:
         raise ArtifactError(f"{file} lacks {', '.join(missing)}; fetch a fresh copy")
+    wrong = [k for k, kinds in _KINDS.items() if not isinstance(header.get(k), kinds)]
+    if wrong:
+        told = ", ".join(f"{k} {header.get(k)!r:.40}" for k in wrong)
+        raise ArtifactError(f"{file} holds {told}, of a wrong type; fetch a fresh copy")
     return header
 
 
 def load_artifact(path: str | Path) -> Any:
-    """Load whatever was saved at ``path``: an artifact folder, or a file of a known foreign format."""
+    """Load what was saved at ``path``: an artifact folder, or a file of a known foreign format."""
     target = Path(path)
     if not target.exists():
         raise ArtifactError(f"nothing at {target}; give the folder that .save(path) wrote")
@@ -149,7 +190,23 @@ def load_artifact(path: str | Path) -> Any:
         raise ArtifactError(
             f"{target} is of kind {parts.kind!r}; this Trimtab knows {', '.join(sorted(_LOADERS))}"
         )
-    return _LOADERS[parts.kind](parts)
+    try:
+        return _LOADERS[parts.kind](parts)
+    except ArtifactError:
+        raise
+    except (
+        TrimtabError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        RecursionError,
+    ) as error:
+        told = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        raise ArtifactError(
+            f"the {parts.kind} in {target} cannot be built: {told}; save it again or fetch a fresh "
+            "copy"
+        ) from error
 
 
 def check_model(meta: Meta, model: dict[str, Any]) -> None:
@@ -170,11 +227,21 @@ def _load_foreign(file: Path) -> Any:
         try:
             tensors = load(_bytes(file))
         except SafetensorError as error:
-            raise ArtifactError(f"{file} is not a safetensors file: {error}") from None
+            raise ArtifactError(
+                f"{file} is not a safetensors file ({error}); fetch a fresh copy"
+            ) from None
         for reader in _FOREIGN:
             if (made := reader(tensors, file)) is not None:
                 return made
-        raise ArtifactError(f"{file} holds {sorted(tensors)[:6]}, which is no format known here")
+        raise ArtifactError(
+            f"{file} holds {sorted(tensors)[:6]}, which is no format known here; make an edit of "
+            "its tensors yourself: tt.Add(place, delta)"
+        )
+    if file.suffix in (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".npy", ".npz"):
+        raise ArtifactError(
+            f"{file} may hold a pickle, which can run code and is never read here; save its "
+            "tensors as safetensors and make an edit of them: tt.Add(place, delta)"
+        )
     raise ArtifactError(f"{file} is a file; an artifact is a folder with {JSON_NAME} in it")
 
 
@@ -196,7 +263,9 @@ def _bytes(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise ArtifactError(f"{file} cannot be read: {error.strerror}") from None
+        raise ArtifactError(
+            f"{file} cannot be read ({error.strerror}); fetch a fresh copy or save it again"
+        ) from None
 
 
 def _sha256(file: Path) -> str:
@@ -204,6 +273,6 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def json_list(values: Tensor) -> list[float]:
-    """A 1-d tensor as JSON numbers, rounded to what matters."""
-    return [round(float(v), 6) for v in values.to(torch.float64)]
+def json_list(values: Tensor) -> list[float | None]:
+    """A 1-d tensor as JSON numbers, rounded to what matters; None where there is no number."""
+    return [round(v, 6) if math.isfinite(v) else None for v in values.double().tolist()]

@@ -12,7 +12,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trimtab.artifact import Meta, Parts, json_list, register, register_foreign, save
+from trimtab.artifact import (
+    Meta,
+    Parts,
+    check_model,
+    json_list,
+    register,
+    register_foreign,
+    save,
+)
 from trimtab.edits import Add, Readout
 from trimtab.errors import ArtifactError, PlaceError
 from trimtab.lm import LM
@@ -56,7 +64,7 @@ class Probe:
 
     def at(self, layers: LayerSpec) -> "Probe":
         """The probe at some of its layers."""
-        chosen = Place(self.place.site, layers).layer_indices(max(self.layers) + 1)
+        chosen = self._indices(layers)
         where = self._where(chosen)
         parts = ("weight", "gain", "bias", "accuracy", "heldout_accuracy")
         narrowed: dict[str, Any] = {name: getattr(self, name)[where] for name in parts}
@@ -65,7 +73,12 @@ class Probe:
         return replace(self, place=place, layers=chosen, mean=mean, **narrowed)
 
     def predict(self, recording: Recording) -> Tensor:
-        """The mean probability over each row's tokens, [B, L]."""
+        """The mean probability over each row's tokens, [B, L].
+
+        Raises PlaceError for a recording of another site, other layers or another width, or with
+        rows that hold no token; ArtifactError for one of another model.
+        """
+        self._check(recording)
         rows: dict[int, Tensor] = {}
         for chunk in recording.chunks():
             probability = torch.sigmoid(self._margin(chunk.values))
@@ -89,18 +102,15 @@ class Probe:
         away. ``layers``: given, else the ``top_layers`` with the best accuracy on the training
         rows. ``keep_norm``: x' = |x| (x + a w) / |x + a w|, the paper's form.
         """
-        if layers is None:
-            order = self.accuracy.argsort(descending=True, stable=True)[:top_layers]
-            chosen = tuple(sorted(self.layers[i] for i in order.tolist()))
-        else:
-            chosen = Place(self.place.site, layers).layer_indices(max(self.layers) + 1)
+        chosen = self._best(top_layers) if layers is None else self._indices(layers)
         direction = self.weight[self._where(chosen)].float()
-        direction = direction / torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+        length = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+        direction = direction / length.clamp_min(1e-30)
         strength = torch.as_tensor(scale if dose is None else dose, dtype=torch.float32)
         if strength.dim() and strength.shape != (len(chosen),):
             raise PlaceError(
-                f"{list(strength.shape)} strengths for {len(chosen)} layers; give one number or one "
-                "per layer"
+                f"{list(strength.shape)} strengths for {len(chosen)} layers; give one number, or "
+                "one per layer"
             )
         delta = strength.reshape(-1, 1) * direction
         place = self.place.at(layers=chosen, tokens=tokens)
@@ -112,6 +122,10 @@ class Probe:
         """The same probe under a name."""
         return replace(self, meta=replace(self.meta, name=name))
 
+    def untied(self) -> "Probe":
+        """The same probe without the model that it was made for: any of its width takes it."""
+        return replace(self, meta=replace(self.meta, model=None))
+
     def save(self, path: str | Path) -> None:
         """Write the probe as an artifact folder (see ``tt.load``)."""
         names = ("weight", "gain", "bias", "accuracy", "heldout_accuracy", "mean")
@@ -119,6 +133,39 @@ class Probe:
         scores = {"accuracy": json_list(self.accuracy)} | dict(self.meta.scores)
         meta = replace(self.meta, scores=scores)
         save(path, Parts("probe", meta, str(self.place), {"layers": list(self.layers)}, tensors))
+
+    def _best(self, count: int) -> tuple[int, ...]:
+        """The layers with the best training accuracy, ascending."""
+        if count < 1:
+            raise PlaceError(f"top_layers is 1 or more, not {count!r}")
+        if count < len(self.layers) and not bool(torch.isfinite(self.accuracy).all()):
+            raise PlaceError(
+                f"this probe has no accuracy to choose {count} of its {len(self.layers)} layers "
+                "by; give layers="
+            )
+        order = self.accuracy.argsort(descending=True, stable=True)[:count]
+        return tuple(sorted(self.layers[i] for i in order.tolist()))
+
+    def _indices(self, layers: LayerSpec) -> tuple[int, ...]:
+        """Layers as numbers; -1 is the model's last layer where the model is known."""
+        depth = (self.meta.model or {}).get("layers") or max(self.layers) + 1
+        return Place(self.place.site, layers).layer_indices(depth)
+
+    def _check(self, recording: Recording) -> None:
+        mine, theirs = self.meta.model, recording.meta.get("model")
+        if mine and theirs:
+            check_model(self.meta, theirs)
+        have = (recording.place.site, recording.layers, recording.width)
+        if have != (self.place.site, self.layers, self.weight.shape[-1]):
+            raise PlaceError(
+                f"this probe reads {self.place.site} at layers {list(self.layers)}, width "
+                f"{self.weight.shape[-1]}; the recording holds {have[0]} at {list(have[1])}, width "
+                f"{have[2]}. Narrow the one with recording[place], the other with probe.at(layers)"
+            )
+        if empty := [i for i, n in enumerate(recording.lengths) if n == 0]:
+            raise PlaceError(
+                f"rows {empty[:8]} hold no token at {str(recording.place)!r}; leave them out"
+            )
 
     def _where(self, layers: Iterable[int]) -> list[int]:
         missing = [i for i in layers if i not in self.layers]
@@ -151,7 +198,13 @@ def fit(
     *prompts* is kept aside for ``heldout_accuracy``. See ``fit_recording`` for the rest.
     """
     examples = list(examples)
+    if wrong := [e for e in examples if not hasattr(e, "label") or not hasattr(e, "prompt")]:
+        raise PlaceError(
+            f"fit takes examples with prompt, completion and label, not {type(wrong[0]).__name__}; "
+            "read them with tt.data.read, or record and call fit_recording(recording, labels)"
+        )
     labels = [float(e.label) for e in examples]
+    _signed(labels, len(labels))  # raises before the work of recording
     recording = lm.record(examples, place, batch_size=batch_size, show_progress=show_progress)
     groups = [e.prompt for e in examples]
     probe = fit_recording(
@@ -183,14 +236,23 @@ def fit_recording(
     the covariance with the label, which is the same direction for two classes). ``normalize``:
     tokens are centred and brought to unit length first. A 1-d logistic fit (L2 penalty 1) on the
     projections gives ``gain``, and ``bias`` where tokens are not centred. Rows of one group (by
-    default each its own) lie on one side of the split. Raises PlaceError for labels that do not fit.
+    default each its own) lie on one side of the split; rows without a token teach nothing. Raises
+    PlaceError for labels that do not fit.
     """
     if method not in METHODS:
         raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
     y = _signed(labels, len(recording))
-    keep = split(list(groups or range(len(y))), y, held_out, seed)  # [B] bool
+    listed = list(range(len(y)) if groups is None else groups)
+    if len(listed) != len(y):
+        raise PlaceError(f"{len(listed)} groups for {len(y)} rows; give one per row")
+    keep = split(listed, y, held_out, seed)  # [B] bool
+    with_tokens = torch.tensor(recording.lengths) > 0
+    aside, keep = ~keep & with_tokens, keep & with_tokens
     if len(set(y[keep].sign().tolist()) - {0.0}) < 2:
-        raise PlaceError("the training rows hold one class only; give examples of both labels")
+        raise PlaceError(
+            f"the training rows hold one class only ({int(keep.sum())} of {len(y)} rows, "
+            f"held_out={held_out}); give more examples of both labels"
+        )
     chunks = _Chunks(recording, y, keep)
     mean = chunks.mean() if normalize else None
     weight = chunks.covariance(mean)
@@ -209,7 +271,7 @@ def fit_recording(
         bias.float(),
         None if mean is None else mean.float(),
         accuracy.float(),
-        _by_row(right, rows, ~keep).float(),
+        _by_row(right, rows, aside).float(),
         Meta(None, recording.meta.get("model"), made_by),
     )
 
@@ -289,7 +351,7 @@ class _Chunks:
             for piece, lengths, index in _pieces(chunk):
                 rows = torch.tensor(index).repeat_interleave(torch.tensor(lengths))
                 used = self.keep[rows]
-                value = term(piece[used].double(), self.labels[rows][used])
+                value: Tensor = term(piece[used].double(), self.labels[rows][used])
                 total = value if total is None else total + value
         assert total is not None
         return total
@@ -315,18 +377,25 @@ def _unit(x: Tensor, mean: Tensor | None) -> Tensor:
     if mean is None:
         return x
     x = x - mean.to(x.dtype)
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.clamp_min(1e-12)
 
 
 def _signed(labels: Sequence[float] | Tensor, n_rows: int) -> Tensor:
     """Labels brought to [-1, 1], [B] float64."""
-    y = torch.as_tensor(labels, dtype=torch.float64).flatten()
+    try:
+        y = torch.as_tensor(labels, dtype=torch.float64).flatten().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PlaceError(f"labels are numbers, one per row, not {labels!r:.60} ({error})") from None
     if len(y) != n_rows:
         raise PlaceError(f"{len(y)} labels for {n_rows} rows; give one label per row")
+    if not n_rows:
+        raise PlaceError("there are no rows to learn from; give examples of both labels")
     low, high = float(y.min()), float(y.max())
     if not bool(torch.isfinite(y).all()) or low == high:
         raise PlaceError(
-            f"labels must be finite and of two kinds at least, not {sorted(set(y.tolist()))}"
+            "labels must be finite and of two kinds at least, not "
+            f"{list(dict.fromkeys(y.tolist()))[:8]}; give examples of both"
         )
     return 2 * (y - low) / (high - low) - 1
 
@@ -349,17 +418,21 @@ def _load(parts: Parts) -> Probe:
     needed = ("weight", "gain", "bias", "accuracy", "heldout_accuracy")
     if parts.place is None or any(n not in t for n in needed):
         raise ArtifactError(f"this probe lacks some of {', '.join(needed)}; fetch a fresh copy")
-    values = [t[n] for n in ("weight", "gain", "bias")]
+    values: dict[str, Any] = {name: t[name] for name in needed} | {"mean": t.get("mean")}
     place, layers = Place.parse(parts.place), tuple(parts.extra["layers"])
-    scores = (t["accuracy"], t["heldout_accuracy"])
-    return Probe(place, layers, *values, t.get("mean"), *scores, parts.meta)
+    probe = Probe(place=place, layers=layers, meta=parts.meta, **values)
+    shapes = {tuple(values[name].shape) for name in needed[1:]} | {(len(probe.readout.weight),)}
+    if shapes != {(len(layers),)}:
+        raise ArtifactError(f"this probe names {len(layers)} layers, but holds shapes {shapes}")
+    return probe
 
 
 def _read_release(tensors: dict[str, Tensor], file: Path) -> Probe | None:
     """The release files of concept guidance: W [L, D], maybe b (bias) and a (gain), [L]."""
     if "W" not in tensors:
         return None
-    weight = tensors["W"].float().squeeze()
+    weight = tensors["W"].float()
+    weight = weight.squeeze(1) if weight.dim() == 3 else weight
     if weight.dim() != 2:
         raise ArtifactError(f"W in {file} has shape {list(tensors['W'].shape)}, expected [L, D]")
     n = len(weight)
@@ -367,6 +440,9 @@ def _read_release(tensors: dict[str, Tensor], file: Path) -> Probe | None:
         tensors.get(k, d).float().reshape(-1)
         for k, d in (("a", torch.ones(n)), ("b", torch.zeros(n)))
     )
+    if wrong := [k for k, v in (("a", gain), ("b", bias)) if len(v) != n]:
+        shape = list(tensors[wrong[0]].shape)
+        raise ArtifactError(f"{wrong[0]} in {file} has shape {shape}, but W has {n} layers")
     nothing = torch.full((n,), float("nan"))
     meta = Meta(file.stem, None, {"method": "concept-guidance release", "file": file.name})
     place = Place("norm", range(n))

@@ -74,7 +74,12 @@ class Sampling:
 
 
 class Engine(Protocol):
-    """What runs the passes of one generation: the prompt, then a token per row and pass."""
+    """What runs the passes of one generation: the prompt, then a token per row and pass.
+
+    ``fixed``: whether the number of rows stays what it was at the start.
+    """
+
+    fixed: bool
 
     def start(self, batch: Batch, call: Call, room: int) -> Tensor:
         """Run the prompts; logits [B, V] of the next tokens. ``room``: how many may follow."""
@@ -91,6 +96,8 @@ class Engine(Protocol):
 
 class Eager:
     """Passes through the model as it is, on a cache that grows."""
+
+    fixed = False
 
     def __init__(self, lm: "LM") -> None:
         self.lm = lm
@@ -144,12 +151,15 @@ def columns(
 
     A row ends with one of the model's end tokens, or when ``stop(row, its tokens so far)`` says so.
     """
-    engine, choose = lm.engine(), sampling.chooser(batch.ids.device)
+    engine, choose = lm.engine(call), sampling.chooser(batch.ids.device)
     ends = torch.tensor(lm.end_ids, device=batch.ids.device)
+    each = torch.arange(len(batch)).repeat_interleave(copies)
+    if engine.fixed and copies > 1:
+        batch = batch.rows(each.tolist())
+        call.take(each)
     logits = engine.start(batch, call, max_new_tokens)
-    history, live = batch.ids, list(range(len(batch) * copies))
-    if copies > 1:
-        each = torch.arange(len(batch)).repeat_interleave(copies)
+    history, live = batch.ids, list(range(len(each)))
+    if copies > 1 and not engine.fixed:  # the prompts were run once for all their copies
         engine.take(each)
         logits, history = logits[each.to(logits.device)], history[each.to(history.device)]
     texts: dict[int, list[int]] = {row: [] for row in live}
@@ -171,7 +181,8 @@ def columns(
         if bool(done.all()) or number + 1 == max_new_tokens:
             return
         history = torch.cat([history, tokens[:, None]], 1)
-        if 4 * int(done.sum()) >= len(live):  # moving the cache pays once a quarter has ended
+        if not engine.fixed and 4 * int(done.sum()) >= len(live):
+            # moving the cache pays once a quarter has ended
             kept = (~done).nonzero()[:, 0]
             engine.take(kept)
             there = kept.to(history.device)

@@ -5,9 +5,12 @@ keeps dtype and device, and lets gradients through. Letters: L layers of the pla
 of a pass, N chosen tokens, D width.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
@@ -51,7 +54,8 @@ class Edit:
         return Sum.of(self, other) if isinstance(other, Edit) else NotImplemented
 
     def __radd__(self, other: object) -> "Edit":
-        return self if other == 0 else NotImplemented  # so that sum([...]) works
+        # The 0 that sum([...]) begins with.
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def __sub__(self, other: "Edit") -> "Edit":
         return Sum.of(self, -other) if isinstance(other, Edit) else NotImplemented
@@ -68,9 +72,25 @@ class Edit:
 
     def named(self, name: str) -> Self:
         """The same edit under a name."""
-        return replace(self, meta=replace(self.meta, name=name))
+        return self._with(meta=replace(self.meta, name=name))
 
-    def save(self, path: str) -> None:
+    def untied(self) -> Self:
+        """The same edit without the model that it was made for: any model of its width takes it."""
+        return self._with(meta=replace(self.meta, model=None))
+
+    def row(self, number: int) -> "Edit":
+        """What this edit does to one row of a batch, as an edit for that row alone."""
+        sliced: dict[str, Any] = {"place": _row_of_place(self.place, number)}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor) and value.dim() > 2 and value.shape[1] > 1:
+                sliced[f.name] = value[:, number : number + 1]
+        return self._with(**sliced)
+
+    def _with(self, **changes: Any) -> Self:
+        return replace(self, **changes)
+
+    def save(self, path: str | Path) -> None:
         """Write the edit as an artifact folder (see ``tt.load``)."""
         tensors: Values = {}
         spec = _to_spec(self, "", tensors)
@@ -172,6 +192,7 @@ class Replace(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_tensor("value", self.value, self.place)
+        _check_number("strength", self.strength)
 
     def scaled(self, factor: float) -> "Replace":
         return replace(self, strength=self.strength * factor)
@@ -212,8 +233,8 @@ class Project(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_tensor("direction", self.direction, self.place)
-        if not math.isfinite(self.to):
-            raise PlaceError(f"Project clamps to a finite number, not {self.to!r}")
+        _check_number("to", self.to)
+        _check_number("strength", self.strength)
         if self.direction.dim() == 4:
             raise PlaceError("Project takes a direction [L, D] or [L, B, D], not one per token")
         if bool((torch.linalg.vector_norm(self.direction.detach(), dim=-1) == 0).any()):
@@ -245,7 +266,8 @@ class Readout:
     """A linear reading of an activation: ``sigmoid(gain (x.w) + bias)``, one number per token.
 
     ``weight`` [L, D], ``gain`` and ``bias`` [L]; with ``mean`` [L, D] the activation is first
-    centred and brought to unit length. Over several layers the reading is the mean.
+    centred and brought to unit length. Over several layers the reading is the mean. Raises
+    PlaceError for other shapes and for values that are not finite.
     """
 
     place: Place
@@ -254,6 +276,24 @@ class Readout:
     bias: Tensor
     mean: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "place", Place.parse(self.place))
+        if not isinstance(self.weight, Tensor) or self.weight.dim() != 2:
+            raise PlaceError(f"a weight is a tensor [L, D], not {_described(self.weight)}")
+        shape = self.weight.shape
+        wanted = {"weight": shape, "gain": shape[:1], "bias": shape[:1], "mean": shape}
+        for name, size in wanted.items():
+            value = getattr(self, name)
+            if value is None and name == "mean":
+                continue
+            if not isinstance(value, Tensor) or value.shape != size:
+                raise PlaceError(
+                    f"a Readout's {name} has shape {list(size)} beside a weight of {list(shape)}, "
+                    f"not {_described(value)}"
+                )
+            if not bool(torch.isfinite(value.detach()).all()):
+                raise PlaceError(f"a Readout's {name} holds values that are NaN or infinite")
+
     def values(self) -> Values:
         mean = torch.zeros_like(self.weight) if self.mean is None else self.mean
         columns = {"gain": self.gain[:, None], "bias": self.bias[:, None]}
@@ -261,6 +301,11 @@ class Readout:
 
     def margin(self, x: Tensor, v: Values) -> Tensor:
         """The logit of the reading, [B, T], for ``x`` [B, T, D]."""
+        if x.shape[-1] != self.weight.shape[-1]:
+            raise PlaceError(
+                f"the probe at {str(self.place)!r} has width {self.weight.shape[-1]}, but what it "
+                f"reads has width {x.shape[-1]}; was it made for another model?"
+            )
         x = x.float()
         if self.mean is not None:
             x = x - v["mean"]
@@ -288,18 +333,34 @@ class When(Edit):
         readout = getattr(probe, "readout", probe)
         if not isinstance(readout, Readout):
             raise PlaceError(f"When takes a probe or a Readout, not {type(probe).__name__}")
-        if not (isinstance(threshold, int | float) and math.isfinite(threshold)):
-            raise PlaceError(f"a threshold is a finite number, not {threshold!r}")
-        if isinstance(edit, When):
+        _check_number("a threshold", threshold)
+        if not isinstance(edit, Edit):
+            raise PlaceError(f"When takes an Edit to apply, not {type(edit).__name__}")
+        if any(isinstance(part, When) for part in _flat(edit)):
             raise PlaceError("When inside When: join the conditions in one probe instead")
+        if meta is None:
+            model = _one_model([getattr(probe, "meta", None) or Meta(), edit.meta])
+            meta = replace(edit.meta, model=model)
         for name, value in (
             ("place", edit.place),
             ("readout", readout),
             ("threshold", float(threshold)),
             ("edit", edit),
-            ("meta", edit.meta if meta is None else meta),
+            ("meta", meta),
         ):
             object.__setattr__(self, name, value)
+
+    def _with(self, **changes: Any) -> Self:
+        given: dict[str, Any] = {"readout": self.readout, "threshold": self.threshold}
+        given |= {"edit": self.edit, "meta": self.meta} | changes
+        return type(self)(given["readout"], given["threshold"], given["edit"], meta=given["meta"])
+
+    def untied(self) -> Self:
+        return self._with(edit=self.edit.untied(), meta=replace(self.meta, model=None))
+
+    def row(self, number: int) -> Edit:
+        readout = replace(self.readout, place=_row_of_place(self.readout.place, number))
+        return self._with(readout=readout, edit=self.edit.row(number))
 
     def parts(self) -> list[Edit]:
         if not isinstance(self.edit, Sum):
@@ -336,15 +397,25 @@ class Sum(Edit):
 
     edits: tuple[Edit, ...]
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        listed = self.edits if isinstance(self.edits, tuple) else (self.edits,)
+        if not listed or not all(isinstance(edit, Edit) for edit in listed):
+            raise PlaceError(f"a Sum holds a tuple of Edits, not {_described(self.edits)}")
+
     @staticmethod
     def of(*edits: Edit) -> "Edit":
         flat = tuple(part for edit in edits for part in _flat(edit))
-        name = " + ".join(e.meta.name for e in flat if e.meta.name) or None
-        models = {str(e.meta.model): e.meta.model for e in flat if e.meta.model}
-        if len(models) > 1:
-            raise ArtifactError(f"these edits were made for different models: {', '.join(models)}")
-        model = next(iter(models.values()), None)
+        name = " + ".join(e.meta.name for e in edits if e.meta.name) or None
+        model = _one_model([e.meta for e in (*edits, *flat)])
         return Sum(flat[0].place, edits=flat, meta=Meta(name=name, model=model))
+
+    def untied(self) -> Self:
+        meta = replace(self.meta, model=None)
+        return replace(self, edits=tuple(e.untied() for e in self.edits), meta=meta)
+
+    def row(self, number: int) -> Edit:
+        return replace(self, edits=tuple(e.row(number) for e in self.edits))
 
     def parts(self) -> list[Edit]:
         return [single for edit in self.edits for single in edit.parts()]
@@ -357,6 +428,69 @@ def _flat(edit: Edit) -> tuple[Edit, ...]:
     return edit.edits if isinstance(edit, Sum) else (edit,)
 
 
+def _one_model(metas: Sequence[Meta]) -> dict[str, Any] | None:
+    """The model that all of these were made for, by its fingerprint; None if none of them says."""
+    models = {m.model.get("fingerprint"): m.model for m in metas if m.model}
+    if len(models) > 1:
+        told = "; ".join(f"{m.get('id')} ({mark})" for mark, m in models.items())
+        raise ArtifactError(
+            f"these were made for different models: {told}; make them for one model, or drop the "
+            "tie on purpose with .untied()"
+        )
+    return next(iter(models.values()), None)
+
+
+def _row_of_place(place: Place, number: int) -> Place:
+    positions = Tokens.of(place.tokens).positions
+    if positions is None or len(positions) == 1:
+        return place
+    return place.at(tokens=positions[number])
+
+
+def spread(edits: "Edits", n_rows: int) -> "Edits":
+    """The same edits, as one for all rows or a list, so that rows can be taken out of order.
+
+    An edit that holds values or positions for each of ``n_rows`` rows becomes one edit per row.
+    Raises PlaceError where edits do not fit so many rows.
+    """
+    if not isinstance(edits, Edit):
+        _rows(edits, n_rows)  # raises
+        return edits or None
+    held = {count for part in edits.parts() for count in _rows_held(part)} - {1}
+    if not held:
+        return edits
+    if held != {n_rows}:
+        raise PlaceError(
+            f"{type(edits).__name__} at {str(edits.place)!r} holds values or positions for "
+            f"{sorted(held)} rows, but there are {n_rows}; give one per row, or one for all"
+        )
+    return [edits.row(i) for i in range(n_rows)]
+
+
+def _rows_held(edit: Edit) -> list[int]:
+    """For how many rows each of the edit's tensors and position lists is meant."""
+    condition = edit.condition()
+    places = [edit.place] + ([condition[0].place] if condition else [])
+    listed = [len(Tokens.of(place.tokens).positions or ((),)) for place in places]
+    return listed + [v.shape[1] for v in edit.values().values() if v.dim() > 2]
+
+
+def fingerprint(edits: "Edits") -> str | None:
+    """A hash of what edits do, so that a stopped run is not resumed with others; None for none."""
+    if edits is None:
+        return None
+    digest = hashlib.sha256()
+    for edit in [edits] if isinstance(edits, Edit) else edits:
+        tensors: Values = {}
+        spec = None if edit is None else _to_spec(edit, "", tensors)
+        digest.update(json.dumps(spec, sort_keys=True).encode())
+        for name in sorted(tensors):
+            value = tensors[name].detach().cpu().contiguous()
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 # --- merging --------------------------------------------------------------------------------------
 
 
@@ -364,14 +498,13 @@ def _flat(edit: Edit) -> tuple[Edit, ...]:
 class Step:
     """One stage of a run's edits: the same kernels for every row, with values stacked by row."""
 
-    write: Callable[[Tensor, Values], Tensor]
+    edit: Edit  # the first of its family: its options hold for all
     site: str
     layers: dict[int, int]  # layer -> index into values
     values: Values  # each [L, B or 1, D'] or [L, B or 1, N, D']
     acts: Tensor  # [L, B] bool
     selection: Selection
     per_token: bool
-    narrow: bool
     gate: "Gate | None" = None
     ready: dict[int, tuple[Values, Tensor | None]] = field(default_factory=dict)
 
@@ -381,7 +514,7 @@ class Step:
         if self.per_token:
             assert order is not None
             values = {name: _look_up(v, order) for name, v in values.items()}
-        new = self.write(x, values)
+        new = self.edit.write(x, values)
         if rows is not None:
             mask = rows if mask is None else mask & rows
         return new if mask is None else torch.where(mask[..., None], new, x)
@@ -389,7 +522,7 @@ class Step:
     def _at(self, layer: int, x: Tensor) -> tuple[Values, Tensor | None]:
         """Values [B or 1, 1 or N, D'] and acting rows [B, 1] of one layer, on the right device."""
         if layer not in self.ready:
-            i, dtype = self.layers[layer], x.dtype if self.narrow else _wide(x.dtype)
+            i, dtype = self.layers[layer], x.dtype if self.edit.narrow else _wide(x.dtype)
             values = {n: v[i].to(device=x.device, dtype=dtype) for n, v in self.values.items()}
             if not self.per_token:
                 values = {n: v[:, None] for n, v in values.items()}
@@ -424,9 +557,11 @@ class Gate:
     def site(self) -> str:
         return self.readout.place.site
 
-    def begin(self) -> None:
-        """Forget this pass's readings, keep the sums."""
+    def begin(self, first: int) -> None:
+        """Forget the last pass's readings; keep the sums, unless the text begins anew."""
         self.seen, self.is_open = {}, None
+        if first == 0:  # without a cache every pass reads all tokens again
+            self.total, self.count = torch.zeros_like(self.total), torch.zeros_like(self.count)
 
     def read(self, x: Tensor, layer: int) -> None:
         """Take the reading of one layer."""
@@ -484,12 +619,15 @@ def merge(
 
 
 def _rows(edits: Edits, n_rows: int) -> list[tuple[int | None, list[Edit]]]:
-    if edits is None:
+    if edits is None or (isinstance(edits, list | tuple) and not edits):
         return []
     if isinstance(edits, Edit):
         return [(None, edits.parts())]
     if isinstance(edits, str) or not isinstance(edits, Sequence):
-        raise PlaceError(f"edits is an Edit, a list with one per row, or None, not {edits!r}")
+        raise PlaceError(
+            f"edits is an Edit, a list with one per row, or None, not {_described(edits)}; load a "
+            "saved one with tt.load(path)"
+        )
     if len(edits) != n_rows:
         raise PlaceError(
             f"{len(edits)} edits for {n_rows} rows; give one edit per row (None for none) or a "
@@ -497,7 +635,10 @@ def _rows(edits: Edits, n_rows: int) -> list[tuple[int | None, list[Edit]]]:
         )
     wrong = [e for e in edits if e is not None and not isinstance(e, Edit)]
     if wrong:
-        raise PlaceError(f"a list of edits holds Edits and None, not {type(wrong[0]).__name__}")
+        raise PlaceError(
+            f"a list of edits holds Edits and None, not {_described(wrong[0])}; join several edits "
+            "of one row with a + b"
+        )
     if n_rows > 1 and edits[0] is not None and all(e is edits[0] for e in edits):
         first = edits[0]
         if all(v.dim() < 3 or v.shape[1] == 1 for p in first.parts() for v in p.values().values()):
@@ -522,19 +663,19 @@ def _stack(
             name: _fit(v, edit, row, len(layers[i]), n_rows, width)
             for name, v in edit.values().items()
         }
+        _check_width(values, edit, width)
         tables.append((row, layers[i], values))
         where = torch.tensor([union.index(layer) for layer in layers[i]])
         columns = slice(None) if row is None else slice(row, row + 1)
         acts[where, columns] = edit.acts().expand(len(where), -1).cpu()
     step = Step(
-        write=first.write,
+        edit=first,
         site=first.place.site,
         layers={layer: i for i, layer in enumerate(union) if bool(acts[i].any())},
         values=_stack_values(tables, union, n_rows),
         acts=acts,
         selection=_select([(row, e.place) for row, e in members], prompt_len, lengths),
         per_token=any(v.dim() == 4 for v in first.values().values()),
-        narrow=first.narrow,
     )
     if first.condition() is not None:
         step.gate = _gate(members, prompt_len, lengths, n_layers, width)
@@ -558,7 +699,7 @@ def _gate(
     tables: list[tuple[int | None, tuple[int, ...], Values]] = []
     for (row, readout, limit), layers in zip(conditions, own, strict=True):
         threshold[slice(None) if row is None else row] = limit
-        _check_layers(readout.weight, len(layers), readout.place, "weight", width)
+        _check_layers(readout.weight, len(layers), readout.place, "the probe", None)
         values = {n: v.detach()[:, None] for n, v in readout.values().items()}
         tables.append((row, layers, values))
     return Gate(
@@ -601,6 +742,8 @@ def _stack_values(
     joined: Values = {}
     for name, sample in tables[0][2].items():
         longest = max(v[name].shape[2] for _, _, v in tables) if sample.dim() == 4 else 0
+        for _, _, values in tables:  # no row's values are rounded to another's dtype
+            sample = sample.to(torch.promote_types(sample.dtype, values[name].dtype))
         blank = sample.new_zeros(len(union), *((longest,) if longest else ()), sample.shape[-1])
         columns = []
         for row in range(n_rows):
@@ -631,18 +774,28 @@ def _fit(
         told = "one row of a list of edits" if row is not None else f"a batch of {n_rows} rows"
         raise PlaceError(
             f"{type(edit).__name__} at {str(edit.place)!r} holds values for {value.shape[1]} rows, "
-            f"but it serves {told}"
+            f"but it serves {told}; give one row of values for all, or one for each"
         )
     return value
 
 
-def _check_layers(value: Tensor, n_layers: int, place: Place, what: str, width: int) -> None:
+def _check_width(values: Values, edit: Edit, width: int) -> None:
+    """A number per token ([L, 1]) may stand beside a vector, never in place of one."""
+    if all(v.shape[-1] != width for v in values.values()):
+        raise PlaceError(
+            f"{type(edit).__name__} at {str(edit.place)!r} has width 1, but this model's width is "
+            f"{width}; spread the number over a vector of that width"
+        )
+
+
+def _check_layers(value: Tensor, n_layers: int, place: Place, what: str, width: int | None) -> None:
     if value.shape[0] != n_layers:
         raise PlaceError(
             f"{what} at {str(place)!r} holds {value.shape[0]} layers (shape "
-            f"{list(value.shape)}), but that place has {n_layers} in this model"
+            f"{list(value.shape)}), but that place has {n_layers} in this model; give one vector "
+            "for each, or name other layers"
         )
-    if value.shape[-1] not in (1, width):
+    if width is not None and value.shape[-1] not in (1, width):
         raise PlaceError(
             f"{what} at {str(place)!r} has width {value.shape[-1]} (shape {list(value.shape)}), "
             f"but this model's width is {width}; was it made for another model?"
@@ -651,17 +804,29 @@ def _check_layers(value: Tensor, n_layers: int, place: Place, what: str, width: 
 
 def _check_tensor(name: str, value: object, place: Place) -> None:
     if not isinstance(value, Tensor):
-        raise PlaceError(f"{name} is a tensor [L, D], [L, B, D] or [L, B, N, D], not {value!r:.60}")
+        raise PlaceError(
+            f"{name} is a tensor [L, D], [L, B, D] or [L, B, N, D], not {_described(value)}"
+        )
     if value.dim() not in (2, 3, 4):
         raise PlaceError(
             f"{name} at {str(place)!r} has shape {list(value.shape)}; it must be [layers, width], "
             "[layers, rows, width] or [layers, rows, tokens, width]"
         )
     if not value.is_floating_point():
-        raise PlaceError(f"{name} must be a floating point tensor, not {value.dtype}")
+        raise PlaceError(
+            f"{name} must be a floating point tensor, not {value.dtype}; convert it with .float()"
+        )
     if not bool(torch.isfinite(value.detach()).all()):
         bad = int((~torch.isfinite(value.detach())).sum())
-        raise PlaceError(f"{name} at {str(place)!r} holds {bad} values that are NaN or infinite")
+        raise PlaceError(
+            f"{name} at {str(place)!r} holds {bad} values that are NaN or infinite; an edit takes "
+            "finite ones only"
+        )
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise PlaceError(f"{name} is a finite number, not {value!r:.60}")
 
 
 def _rowwise(found: Tensor) -> Tensor:
@@ -686,6 +851,14 @@ def _look_up(value: Tensor, order: Tensor) -> Tensor:
     if value.shape[0] == 1:
         return value[0][order]
     return value[torch.arange(order.shape[0], device=order.device)[:, None], order]
+
+
+def _described(value: object) -> str:
+    """A value for an error message: a tensor by its shape, others by the first of their text."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
 # --- as an artifact -------------------------------------------------------------------------------
@@ -736,15 +909,8 @@ def _from_spec(spec: dict[str, Any], prefix: str, tensors: Values) -> Any:
 
 
 def _load(parts: Parts) -> Edit:
-    try:
-        edit: Edit = _from_spec(parts.extra["edit"], "", parts.tensors)
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"this edit's description is incomplete: {error}") from None
-    return (
-        replace(edit, meta=parts.meta)
-        if not isinstance(edit, When)
-        else When(edit.readout, edit.threshold, edit.edit, meta=parts.meta)
-    )
+    edit: Edit = _from_spec(parts.extra["edit"], "", parts.tensors)
+    return edit._with(meta=parts.meta)
 
 
 register("edit", _load)

@@ -8,7 +8,8 @@ model takes such a layout is measured once, against the plain one, not looked up
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from trimtab.edits import Edit, merge
+from trimtab.edits import Edit, fingerprint, merge, spread
+from trimtab.errors import PlaceError
 from trimtab.place import Place, Tokens
 from trimtab.recording import Chunk, Recording, ShardWriter, Track
 from trimtab.taps import Call, Clock, Reader, Stop
@@ -85,17 +87,23 @@ def harvest(
     show_progress: bool = True,
 ) -> Recording:
     """Record ``places`` for rows of (ids, prompt length); see ``LM.record``."""
-    layers = [place.layer_indices(lm.n_layers) for place in places]
+    layers = [lm._layers(place) for place in places]
+    edits = spread(edits, len(encoded))
+    _check_positions(places, len(encoded))
     rows = [_row(i, ids, n, places) for i, (ids, n) in enumerate(encoded)]
     tracks = {p: Track(numbers, []) for p, numbers in zip(places, layers, strict=True)}
     rank, world = _rank()
     writer = None
     if out is not None:
-        meta = {"model": lm.describe(), "examples": _digest(rows), "dtype": str(dtype)}
+        meta: dict[str, Any] = {"model": lm.describe(), "examples": _digest(rows)}
+        meta |= {"dtype": str(dtype), "edits": fingerprint(edits)}
         writer = ShardWriter(out, tracks, meta, len(rows), rank)
-        rows = [row for row in rows if row.number not in writer.done]
-    shared = edits is None and lm.takes_trees(places, layers)
-    sheets = list(_trees(rows, batch_size) if shared else _plain(rows, batch_size))[rank::world]
+        _barrier(world)  # every process knows what is done before any of them writes more
+    lay_out = _trees if edits is None and lm.takes_trees(places, layers) else _plain
+    sheets = list(lay_out(rows, batch_size))
+    if writer is not None and writer.done:
+        sheets = _remaining(sheets, writer.done, lambda rows: lay_out(rows, batch_size))
+    sheets = sheets[rank::world]
     bar = tqdm(
         total=sum(len(s.rows) for s in sheets),
         desc="recording",
@@ -123,6 +131,31 @@ def harvest(
     return Recording.load(out or "")
 
 
+def _remaining(
+    sheets: Sequence[Sheet], done: set[int], lay_out: Callable[[list[Row]], Iterator[Sheet]]
+) -> list[Sheet]:
+    """The sheets that are still to run. They keep their shape, so that a run that was stopped and
+    goes on gives the same bits as one that was not; only a sheet that is half done (because the
+    batch size is another) is laid out anew.
+    """
+    left = [[row for row in sheet.rows if row.number not in done] for sheet in sheets]
+    whole = [s for s, rows in zip(sheets, left, strict=True) if len(rows) == len(s.rows)]
+    parts = [
+        r for s, rows in zip(sheets, left, strict=True) if len(rows) < len(s.rows) for r in rows
+    ]
+    return whole + list(lay_out(parts))
+
+
+def _check_positions(places: Sequence[Place], n_rows: int) -> None:
+    for place in places:
+        listed = len(Tokens.of(place.tokens).positions or ((),))
+        if listed not in (1, n_rows):
+            raise PlaceError(
+                f"{str(place)!r} lists positions for {listed} rows, but there are {n_rows} "
+                "examples; list them once for every row, or one list per row"
+            )
+
+
 def read_sheet(
     lm: "LM",
     sheet: Sheet,
@@ -144,11 +177,8 @@ def read_sheet(
         prompt_len = [row.prompt_len for row in sheet.rows]
         steps = merge(own, prompt_len, [row.length for row in sheet.rows], lm.n_layers, lm.width)
     call = Call(Clock(real), steps, list(readers), stop=True)
-    with torch.no_grad(), lm.taps.carry(call, lm.waits):
-        try:
-            lm.forward(sheet.ids, sheet.mask, sheet.position_ids, use_cache=False)
-        except Stop:
-            pass
+    with torch.no_grad(), lm.taps.carry(call, lm.waits), suppress(Stop):
+        lm.forward(sheet.ids, sheet.mask, sheet.position_ids, use_cache=False)
     return [reader.chunk(tuple(row.number for row in sheet.rows)) for reader in readers]
 
 
@@ -191,7 +221,7 @@ def _row(number: int, ids: Sequence[int], prompt_len: int, places: Sequence[Plac
 
 
 def _plain(rows: Sequence[Row], batch_size: int) -> Iterator[Sheet]:
-    """Rows of similar length side by side, padded on the right: a causal model never looks there."""
+    """Rows of similar length side by side, padded on the right, where no token ever looks."""
     ordered = sorted(rows, key=lambda r: len(r.ids), reverse=True)
     while ordered:
         width = len(ordered[0].ids)

@@ -17,8 +17,9 @@ from trimtab import chat, models
 from trimtab.anatomy import Anatomy
 from trimtab.artifact import check_model
 from trimtab.chat import Batch, Encoded
+from trimtab.compiled import Compiled
 from trimtab.decode import Column, Eager, Engine, Sampling, columns
-from trimtab.edits import Edit, Edits, Readout, merge
+from trimtab.edits import Edit, Edits, Readout, merge, spread
 from trimtab.errors import ChatError, PlaceError
 from trimtab.harvest import fits_trees, harvest
 from trimtab.place import FOREVER, Place, Selection, Tokens
@@ -94,7 +95,7 @@ class LM:
         self._accepts = set(inspect.signature(self._inner().forward).parameters)
         self._trees: dict[Any, bool] = {}
         self._description: dict[str, Any] | None = None
-        self._compiled: Any = None
+        self._compiled: Compiled | None = None
 
     @classmethod
     def load(
@@ -191,6 +192,8 @@ class LM:
         self, prompts: Any, answers: Any = None, *, raw: bool = False, system: str | None = None
     ) -> list[Encoded]:
         listed, _ = _listed(prompts)
+        if not listed:
+            raise ChatError("there are no prompts: give at least one")
         if answers is None:
             answers = [None] * len(listed)
         elif isinstance(answers, str):
@@ -432,17 +435,20 @@ class LM:
         ids: list[int] = []
         readings: list[float] = []
         shown = ""
-        for column in columns(
+        found = columns(
             self, batch, call, sampling=sampling, max_new_tokens=room, stop=self._stopper(stop)
-        ):
+        )
+        for number, column in enumerate(found):
             self._collect([ids], column)
             if gauge is not None:
                 readings.append(gauge.value())
             text = self._trim(chat.decode(self.tokenizer, ids), stop)
-            if len(text) > len(shown) and (column.ended[0] or not text.endswith("\ufffd")):
+            last = column.ended[0] or number + 1 == room
+            sure = text if last else text[: len(text) - _unsure(text, stop)]
+            if len(sure) > len(shown):
                 mean = sum(readings) / len(readings) if readings else None
-                yield Piece(text[len(shown) :], mean)
-                shown, readings = text, []
+                yield Piece(sure[len(shown) :], mean)
+                shown, readings = sure, []
 
     def _collect(self, rows: list[list[int]], column: Column) -> None:
         ends = set(self.end_ids)
@@ -450,9 +456,20 @@ class LM:
             if token not in ends:
                 rows[row].append(token)
 
-    def engine(self) -> Engine:
-        """What runs the passes of a generation."""
-        return self._compiled.engine() if self._compiled is not None else Eager(self)
+    def engine(self, call: Call) -> Engine:
+        """What runs the passes of a generation with this call."""
+        return Eager(self) if self._compiled is None else self._compiled.engine(call)
+
+    def compile(self, **options: Any) -> "LM":
+        """Decode with a compiled graph from now on, also under edits; returns this LM.
+
+        The first answer of each batch size compiles (about a minute for 30 layers on two cores);
+        after that a change of edit, of its values or of its rows recompiles nothing. Additions at
+        generated tokens run compiled; other edits, streams that read, and beam search run as
+        without. ``options`` go to ``torch.compile``.
+        """
+        self._compiled = Compiled(self, **options)
+        return self
 
     def _room(self, batch: Batch, max_new_tokens: int) -> int:
         if max_new_tokens < 1:
@@ -494,6 +511,8 @@ class LM:
         options = {"do_sample": warm, **options}
         if not warm:
             del options["temperature"]
+        if any(step.gate for step in call.steps):
+            options["use_cache"] = False  # beams change places; a running mean cannot follow them
         with torch.random.fork_rng() if seed is not None else nullcontext():
             if seed is not None:
                 torch.manual_seed(seed)
@@ -538,8 +557,6 @@ class LM:
             for layer in self._layers(one):
                 self.anatomy.tap(one.site, layer)
         self._check_edits(edits)
-        if edits is not None and not isinstance(edits, Edit) and len(edits) != len(encoded):
-            raise PlaceError(f"{len(edits)} edits for {len(encoded)} examples; give one for each")
         with self.taps.held(self.waits):
             return harvest(
                 self,
@@ -572,8 +589,7 @@ class LM:
         if empty:
             raise ChatError(f"rows {empty[:8]} have an empty answer; a score needs tokens")
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-        if edits is not None and not isinstance(edits, Edit) and len(edits) != len(rows):
-            raise PlaceError(f"{len(edits)} edits for {len(rows)} rows; give one for each")
+        edits = spread(edits, len(rows))
         scores: dict[int, Tensor] = {}
         while order:
             count = _count([len(rows[i].ids) for i in order], batch_size)
@@ -610,8 +626,6 @@ class LM:
             return self._encode(prompts, answers, raw=raw, system=system)
         return self._encode(listed, raw=raw, system=system)
 
-    # -- compiled mode -----------------------------------------------------------------------------
-
     def _inner(self) -> Any:
         """The Hugging Face model inside a PEFT wrapper."""
         getter = getattr(self.model, "get_base_model", None)
@@ -627,6 +641,13 @@ class _Gauge:
             raise PlaceError(f"read= takes a probe or a Readout, not {type(probe).__name__}")
         self.readout = readout
         place = readout.place.at(tokens="all")
+        if (tied := getattr(probe, "meta", None)) is not None:
+            check_model(tied, lm.describe())
+        if len(layers := lm._layers(place)) != len(readout.weight):
+            raise PlaceError(
+                f"read= has weights for {len(readout.weight)} layers, but {str(place)!r} names "
+                f"{len(layers)} in this model; was it made for another model?"
+            )
         self.reader = lm._add_reader(call, place, [0] * call.rows, [FOREVER] * call.rows)
 
     def value(self) -> float:
@@ -664,6 +685,13 @@ def _taps(model: Any, anatomy: Anatomy) -> Taps:
         taps = Taps(anatomy)
         object.__setattr__(anatomy.trunk, "_trimtab_taps", taps)
     return taps
+
+
+def _unsure(text: str, stop: str | Sequence[str] | None) -> int:
+    """How many characters at the end may yet change: half a character, or the start of a stop."""
+    ends = [stop] if isinstance(stop, str) else list(stop or [])
+    begun = (n for end in ends for n in range(1, len(end)) if text.endswith(end[:n]))
+    return max(begun, default=0) or int(text.endswith("\ufffd"))
 
 
 def _until(row: list[int], ends: set[int]) -> list[int]:

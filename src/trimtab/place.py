@@ -1,4 +1,4 @@
-"""Places: which site, layers and tokens. Knows numbers and their text form; knows no model and no tokenizer.
+"""Places: which site, layers and tokens. Knows numbers and their text; no model, no tokenizer.
 
     "resid@10:28 answer[:16]"      site @ layers tokens[slice]
     "norm@0: all"                  every layer
@@ -40,9 +40,10 @@ class Place:
     """Where something is read or written: a site, layers, and tokens.
 
     ``site`` is one of ``SITES``. ``layers`` takes an int, a range, a slice, a list or text such as
-    ``"10:28"``, ``"3,5"``, ``"all"``, and is kept as text. ``tokens`` takes ``"all"``, ``"prompt"``,
-    ``"answer"``, each with an optional slice, or positions: one list for every row, or one list per
-    row. ``before`` names the value before an edit at the same place (recordings only).
+    ``"10:28"``, ``"3,5"``, ``"all"``, and is kept as text. ``tokens`` takes ``"all"``,
+    ``"prompt"``, ``"answer"``, each with an optional slice, or positions: one list for every row,
+    or one list per row, each kept in ascending order. ``before`` names the value before an edit at
+    the same place (recordings only).
 
     >>> Place("resid", range(10, 28), "answer")
     Place('resid@10:28 answer')
@@ -134,8 +135,11 @@ class Tokens:
         if spec.strip().startswith("["):
             try:
                 return Tokens(positions=_positions(ast.literal_eval(spec.strip())))
-            except (SyntaxError, ValueError) as error:
-                raise PlaceError(f"cannot read the positions {spec!r}: {error}") from None
+            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+                raise PlaceError(
+                    f"cannot read the positions {spec!r:.80} ({error}); write [3, 5] for all rows, "
+                    "or [[3, 5], [2]] for one list per row"
+                ) from None
         raise PlaceError(
             f"cannot read the tokens {spec!r}; write all, prompt or answer, each with an optional "
             "slice such as prompt[-1:], or positions such as [[3, 5], [2]]"
@@ -176,7 +180,8 @@ class Tokens:
 class Selection:
     """The chosen tokens of each row of a batch, as numbers: ``mask`` and ``order`` look them up.
 
-    ``start``, ``stop``, ``step`` [B]; or ``table`` [B, N] of positions, padded with -1.
+    ``start``, ``stop``, ``step`` [B] for rows with a span (others start at ``FOREVER``); ``table``
+    [B, N] of positions for rows that list them, padded with -1.
     """
 
     start: Tensor
@@ -189,37 +194,46 @@ class Selection:
         tokens: Sequence[Tokens], prompt_len: Sequence[int], lengths: Sequence[int]
     ) -> "Selection":
         """One selector per row; ``lengths`` are the rows' ends, ``FOREVER`` while they grow."""
-        spans = [t.interval(p, n) for t, p, n in zip(tokens, prompt_len, lengths, strict=True)]
+        spans = [
+            (FOREVER, FOREVER) if t.positions is not None else t.interval(p, n)
+            for t, p, n in zip(tokens, prompt_len, lengths, strict=True)
+        ]
         start, stop = (torch.tensor([s[i] for s in spans], dtype=torch.long) for i in (0, 1))
         step = torch.tensor([t.step for t in tokens], dtype=torch.long)
-        explicit = [t.positions for t in tokens]
-        if all(p is None for p in explicit):
+        explicit = [t.positions or ((),) for t in tokens]
+        if wrong := [p for p in explicit if len(p) not in (1, len(tokens))]:
+            raise PlaceError(
+                f"positions for {len(wrong[0])} rows in a batch of {len(tokens)}; list them once "
+                "for every row, or one list per row"
+            )
+        rows = [p[i if len(p) > 1 else 0] for i, p in enumerate(explicit)]
+        if not any(rows):
             return Selection(start, stop, step)
-        rows = [p[i if len(p) > 1 else 0] if p else () for i, p in enumerate(explicit)]
-        table = torch.full((len(rows), max(1, *map(len, rows))), -1, dtype=torch.long)
+        table = torch.full((len(rows), max(map(len, rows))), -1, dtype=torch.long)
         for i, row in enumerate(rows):
             table[i, : len(row)] = torch.tensor(row, dtype=torch.long)
         return Selection(start, stop, step, table)
 
     def mask(self, positions: Tensor) -> Tensor:
         """Which of ``positions`` [B, T] (-1 for padding) are chosen, as bool [B, T]."""
-        if self.table is not None:
-            return ((positions[:, :, None] == self.table[:, None, :]).any(-1)) & (positions >= 0)
         offset = positions - self.start[:, None]
-        inside = (offset >= 0) & (positions < self.stop[:, None]) & (positions >= 0)
-        return inside & (offset % self.step[:, None] == 0)
+        inside = (offset >= 0) & (positions < self.stop[:, None])
+        chosen = inside & (offset % self.step[:, None] == 0)
+        if self.table is not None:
+            chosen |= (positions[:, :, None] == self.table[:, None, :]).any(-1)
+        return chosen & (positions >= 0)
 
     def order(self, positions: Tensor) -> Tensor:
-        """The ordinal of each position among the chosen ones of its row [B, T] (0 where unchosen)."""
-        if self.table is not None:
-            return (positions[:, :, None] == self.table[:, None, :]).long().argmax(-1)
-        return ((positions - self.start[:, None]) // self.step[:, None]).clamp_min(0)
+        """The ordinal of each position among its row's chosen ones [B, T] (0 where unchosen)."""
+        along = ((positions - self.start[:, None]) // self.step[:, None]).clamp_min(0)
+        if self.table is None:
+            return along
+        listed = positions[:, :, None] == self.table[:, None, :]
+        return torch.where(listed.any(-1), listed.long().argmax(-1), along)
 
     def repeat(self, times: int) -> "Selection":
         """Each row ``times`` times in a row, as beams are laid out."""
-        wide = [t.repeat_interleave(times, 0) for t in (self.start, self.stop, self.step)]
-        table = None if self.table is None else self.table.repeat_interleave(times, 0)
-        return Selection(*wide, table)
+        return self.take(torch.arange(len(self.start)).repeat_interleave(times))
 
     def take(self, rows: Tensor) -> "Selection":
         """The given rows only."""
@@ -236,13 +250,13 @@ def _layers_text(layers: LayerSpec) -> str:
         return _checked_layers(layers)
     if isinstance(layers, slice | range):
         if isinstance(layers, range) and len(layers) == 0:
-            raise PlaceError(f"{layers!r} holds no layer")
+            raise PlaceError(f"{layers!r} holds no layer; give at least one")
         step = 1 if layers.step is None else layers.step
         if isinstance(layers, range) and (step < 0 or layers.start < 0):
             return _layers_text(sorted(layers))
         text = f"{_blank(layers.start or None)}:{_blank(layers.stop)}"
         return _checked_layers(("0" + text if text.startswith(":") else text) + _step_text(step))
-    listed = list(layers)
+    listed = list(layers) if isinstance(layers, Iterable) else []
     if not listed or not all(isinstance(i, int) and not isinstance(i, bool) for i in listed):
         raise PlaceError(
             f"layers must be an int, a range, a slice or a list of ints, not {layers!r}"
@@ -258,7 +272,7 @@ def _checked_layers(text: str) -> str:
     if text in ("all", ":", "0:"):
         return "all"
     for piece in text.split(","):
-        if not re.fullmatch(r"-?\d+|(-?\d+)?:(-?\d+)?(:\d+)?", piece):
+        if not re.fullmatch(r"-?\d+|(-?\d+)?:(-?\d+)?(:0*[1-9]\d*)?", piece):
             raise PlaceError(
                 f'cannot read the layers {text!r}; write "3", "10:28", "2,5,9" or "all"'
             )
@@ -304,14 +318,17 @@ def _positions(spec: object) -> tuple[tuple[int, ...], ...]:
     wrong = PlaceError(
         f"positions must be a list of ints (for every row) or one such list per row, not {spec!r}"
     )
-    if not isinstance(spec, Sequence):
+    if not isinstance(spec, Sequence) or isinstance(spec, bytes):
         raise wrong
     rows = [spec] if not spec or isinstance(spec[0], int) else list(spec)
     for row in rows:
         if not isinstance(row, Sequence) or not all(type(i) is int for i in row):
             raise wrong
-        if any(i < 0 for i in row) or len(set(row)) < len(row):
-            raise PlaceError(f"positions count from 0 and stand once each, not {list(row)}")
+        if any(not 0 <= i < FOREVER for i in row) or len(set(row)) < len(row):
+            raise PlaceError(
+                f"positions count from 0, from the start of a row, and stand once each, not "
+                f"{list(row)}"
+            )
     return tuple(tuple(sorted(row)) for row in rows)
 
 

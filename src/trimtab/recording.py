@@ -6,8 +6,11 @@ tokens by the layers of the place. Rows keep the order of the input, whatever or
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trimtab.artifact import replace_folder
 from trimtab.errors import ArtifactError, PlaceError
 from trimtab.place import Place
 
 FORMAT = 1
-INDEX_NAME = "recording.json"
+INDEX_NAME, SHARDS = "recording.json", "shard-*.safetensors"
 SHARD_BYTES = 256 * 2**20
 
 
@@ -65,26 +69,43 @@ class Recording:
     @staticmethod
     def from_rows(place: Place | str, rows: Sequence[Tensor]) -> "Recording":
         """A recording of tensors that you have already, one [T_i, L, D] per example."""
-        place = Place.parse(place)
-        wrong = [list(r.shape) for r in rows if r.dim() != 3 or r.shape[1:] != rows[0].shape[1:]]
+        place, rows = Place.parse(place), list(rows)
+        wrong = [_shape(r) for r in rows if not _like(r, rows[0])]
         if wrong or not rows:
             raise PlaceError(
-                f"a recording takes rows of shape [tokens, layers, width], all with the same layers "
-                f"and width, not {wrong[0] if wrong else 'an empty list'}"
+                "a recording takes tensors [tokens, layers, width], one per row, all with the same "
+                f"layers and width, not {wrong[0] if wrong else 'an empty list'}"
             )
         lengths = tuple(len(r) for r in rows)
-        chunk = Chunk(tuple(range(len(rows))), lengths, torch.cat(list(rows)))
+        chunk = Chunk(tuple(range(len(rows))), lengths, torch.cat(rows))
         layers = _layers_of(place, rows[0].shape[1])
         return Recording({place: Track(layers, [chunk])})
 
     @staticmethod
     def join(recordings: Sequence["Recording"]) -> "Recording":
-        """Parts of one recording (for example, one per process) as one; the row numbers stay."""
+        """Parts of one recording (for example, one per process) as one; the row numbers stay.
+
+        Raises PlaceError for parts of other places, and for rows that two parts hold.
+        """
+        if not recordings:
+            raise PlaceError("join takes one recording at least, not an empty list")
         first = recordings[0]
+        for other in recordings[1:]:
+            if [(p, t.layers) for p, t in other._tracks.items()] != [
+                (p, t.layers) for p, t in first._tracks.items()
+            ]:
+                raise PlaceError(f"join takes parts of the same places, not {first} and {other}")
         tracks = {
             place: Track(track.layers, [c for r in recordings for c in r._tracks[place].chunks])
             for place, track in first._tracks.items()
         }
+        for track in tracks.values():
+            numbers = sorted(i for chunk in track.chunks for i in chunk.index)
+            if twice := sorted({a for a, b in pairwise(numbers) if a == b}):
+                raise PlaceError(
+                    f"two of the parts hold rows {twice[:8]}; join takes parts of one recording. "
+                    "To put two behind each other: from_rows(place, [*a.rows(), *b.rows()])"
+                )
         return Recording(tracks, first.meta)
 
     @property
@@ -105,7 +126,7 @@ class Recording:
     @property
     def width(self) -> int:
         """The size of the last axis."""
-        return self._only()[1].chunks[0].values.shape[-1]
+        return next((c.values.shape[-1] for c in self.chunks()), 0)
 
     @property
     def lengths(self) -> list[int]:
@@ -126,9 +147,24 @@ class Recording:
             return Recording({place: self._tracks[place]}, self.meta)
         for own, track in self._tracks.items():
             if own.at(layers=place.layers) == place:
-                return Recording({place: _narrow(track, place)}, self.meta)
+                return Recording({place: self._narrow(track, place)}, self.meta)
         have = ", ".join(repr(str(p)) for p in self._tracks)
         raise PlaceError(f"{str(place)!r} was not recorded; this recording holds {have}")
+
+    def _narrow(self, track: Track, place: Place) -> Track:
+        """Some layers of a track, as views; -1 is the model's last layer if the model is known."""
+        depth = (self.meta.get("model") or {}).get("layers") or max(track.layers) + 1
+        layers = place.layer_indices(depth)
+        if missing := [i for i in layers if i not in track.layers]:
+            raise PlaceError(
+                f"layers {missing} were not recorded; recorded are {list(track.layers)}"
+            )
+        where = [track.layers.index(i) for i in layers]
+        step = where[1] - where[0] if len(where) > 1 else 1
+        regular = where == list(range(where[0], where[-1] + 1, step))
+        chosen: Any = slice(where[0], where[-1] + 1, step) if regular else where
+        chunks = [Chunk(c.index, c.lengths, c.values[:, chosen]) for c in track.chunks]
+        return Track(layers, chunks)
 
     def chunks(self) -> Iterator[Chunk]:
         """Pieces as they lie in memory or on disk, for passes over more than memory holds."""
@@ -155,27 +191,55 @@ class Recording:
         return torch.stack([pool(row) for row in rows])
 
     def save(self, path: str | Path) -> None:
-        """Write shards of at most 256 MiB and an index; nothing is complete until the index says so."""
-        writer = ShardWriter(path, self._tracks, {**self.meta, "made": "saved"})
-        tracks = list(self._tracks.values())
-        for number in range(len(tracks[0].chunks)):
-            writer.write([track.chunks[number] for track in tracks])
-        writer.finish(len(self))
+        """Write shards of about 256 MiB and an index, whole or not at all.
+
+        A recording at that path is replaced; anything else there raises ArtifactError.
+        """
+        target = Path(path)
+        if _visible(target) and not (target / INDEX_NAME).is_file():
+            raise ArtifactError(
+                f"{target} exists and is not a recording; choose another folder or delete it"
+            )
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot write {target}: {error.strerror}; choose another folder"
+            ) from None
+        try:
+            writer = ShardWriter(made, self._tracks, self.meta)
+            for column in zip(*(track.chunks for track in self._tracks.values()), strict=True):
+                for chunks in _cut(list(column)):
+                    writer.add(chunks)
+            writer.finish(len(self))
+            os.chmod(made, 0o755)
+            replace_folder(made, target)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
 
     @staticmethod
     def load(path: str | Path) -> "Recording":
         """Open a recording, memory-mapped: tensors are read when they are used."""
         folder = Path(path)
         index = _read_index(folder)
-        done = [_read_shard(f, len(index["places"])) for f in sorted(folder.glob("shard-*"))]
-        found = sum(len(chunks[0].index) for chunks in done)
-        if not index["complete"] or found != index["rows"]:
+        layers = [tuple(entry["layers"]) for entry in index["places"]]
+        done = [_read_shard(f, layers) for f in sorted(folder.glob(SHARDS))]
+        found = {i for chunks in done for i in chunks[0].index}
+        twice = sum(len(chunks[0].index) for chunks in done) - len(found)
+        if not index["complete"] or twice or len(found) != index["rows"]:
+            told = f"{twice} rows twice" if twice else f"{len(found)} of {index['rows']} rows"
             raise ArtifactError(
-                f"the recording {folder} is not complete ({found} of {index['rows']} rows); run the "
-                "same lm.record(..., out=...) again and it goes on where it stopped"
+                f"the recording {folder} is not complete ({told}); "
+                + (
+                    "delete it and record anew"
+                    if twice
+                    else "run the same lm.record(..., out=...) "
+                )
+                + ("" if twice else "again and it goes on where it stopped")
             )
         tracks = {
-            Place.parse(entry["place"]): Track(tuple(entry["layers"]), [d[i] for d in done])
+            Place.parse(entry["place"]): Track(layers[i], [chunks[i] for chunks in done])
             for i, entry in enumerate(index["places"])
         }
         return Recording(tracks, index["meta"])
@@ -188,7 +252,7 @@ class Recording:
 
 
 class ShardWriter:
-    """Writes a recording shard by shard, each whole or not at all, and knows which rows are done."""
+    """Writes a recording shard by shard, each whole or not at all; knows which rows are done."""
 
     def __init__(
         self,
@@ -199,7 +263,7 @@ class ShardWriter:
         rank: int = 0,
     ) -> None:
         self.folder, self.rank = Path(path), rank
-        self.index = {
+        self.index: dict[str, Any] = {
             "format": FORMAT,
             "complete": False,
             "rows": n_rows,
@@ -208,7 +272,9 @@ class ShardWriter:
             ],
             "meta": dict(meta),
         }
+        self.index = json.loads(_as_json(self.index))  # as it will be read back
         self.pending: list[list[Chunk]] = []
+        self.size = 0
         self.done = self._resume()
         self.number = 1 + max(
             (int(f.stem.split("-")[2]) for f in self.folder.glob(f"shard-{rank:04d}-*")), default=-1
@@ -216,41 +282,50 @@ class ShardWriter:
 
     def _resume(self) -> set[int]:
         """Rows that an earlier, interrupted run with the same index has written."""
-        file = self.folder / INDEX_NAME
-        if not self.folder.exists() or not any(self.folder.iterdir()):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._write_index()
+        if not _visible(self.folder):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._write_index()
+            except OSError as error:
+                raise ArtifactError(
+                    f"cannot write to {self.folder}: {error.strerror}; choose another folder"
+                ) from None
             return set()
-        if not file.is_file():
+        if not (self.folder / INDEX_NAME).is_file():
             raise ArtifactError(
                 f"{self.folder} exists and is not a recording; choose another folder"
             )
         old = _read_index(self.folder)
-        keys = ("places", "meta")
-        if any(old[k] != self.index[k] for k in keys):
-            differing = [
-                k for k in self.index["meta"] if old["meta"].get(k) != self.index["meta"][k]
-            ]
+        if differing := self._differing(old):
             raise ArtifactError(
-                f"{self.folder} holds another recording (it differs in {differing or 'its places'}); "
+                f"{self.folder} holds another recording (it differs in {', '.join(differing)}); "
                 "choose another folder or delete it"
             )
-        shards = sorted(self.folder.glob("shard-*.safetensors"))
-        return {row for f in shards for row in _read_shard(f, 1)[0].index}
+        for leftover in self.folder.glob(f".shard-{self.rank:04d}-*"):  # of a run that was killed
+            leftover.unlink(missing_ok=True)
+        layers = [tuple(entry["layers"]) for entry in self.index["places"]]
+        shards = sorted(self.folder.glob(SHARDS))
+        return {row for f in shards for row in _read_shard(f, layers)[0].index}
+
+    def _differing(self, old: Mapping[str, Any]) -> list[str]:
+        """In what an earlier recording is not this one."""
+        mine, other = self.index["meta"], old["meta"]
+        names = [k for k in {**mine, **other} if mine.get(k) != other.get(k)]
+        return names + [k for k in ("rows", "places") if old[k] != self.index[k]]
 
     def add(self, chunks: list[Chunk]) -> None:
         """Keep one chunk per place; written as a shard once enough have come together."""
         self.pending.append(chunks)
-        size = sum(c.values.nbytes for chunks in self.pending for c in chunks)
-        if size >= SHARD_BYTES:
+        self.size += sum(c.values.nbytes for c in chunks)
+        if self.size >= SHARD_BYTES:
             self.flush()
 
     def flush(self) -> None:
         """Write what has come together."""
         if self.pending:
             joined = [_join_chunks(list(column)) for column in zip(*self.pending, strict=True)]
-            self.pending = []
             self.write(joined)
+            self.pending, self.size = [], 0
 
     def write(self, chunks: list[Chunk]) -> None:
         """One shard: a chunk per place, over the same rows."""
@@ -273,7 +348,7 @@ class ShardWriter:
 
     def _write_index(self) -> None:
         temporary = self.folder / f".{INDEX_NAME}.{os.getpid()}"
-        temporary.write_text(json.dumps(self.index, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(_as_json(self.index) + "\n", encoding="utf-8")
         os.replace(temporary, self.folder / INDEX_NAME)
 
 
@@ -298,43 +373,101 @@ def _layers_of(place: Place, n: int) -> tuple[int, ...]:
     raise PlaceError(f"{str(place)!r} names {len(layers)} layers, but the rows hold {n}")
 
 
-def _narrow(track: Track, place: Place) -> Track:
-    n_layers = max(track.layers) + 1
-    layers = place.layer_indices(n_layers)
-    missing = [i for i in layers if i not in track.layers]
-    if missing:
-        raise PlaceError(f"layers {missing} were not recorded; recorded are {list(track.layers)}")
-    where = [track.layers.index(i) for i in layers]
-    chunks = [Chunk(c.index, c.lengths, c.values[:, where]) for c in track.chunks]
-    return Track(layers, chunks)
+def _cut(chunks: list[Chunk]) -> Iterator[list[Chunk]]:
+    """A chunk per place, over the same rows, in pieces of about a shard's size."""
+    parts = [c.values.split(list(c.lengths)) for c in chunks]
+    first = size = 0
+    for i in range(len(parts[0])):
+        size += sum(rows[i].nbytes for rows in parts)
+        if size >= SHARD_BYTES or i + 1 == len(parts[0]):
+            some = slice(first, i + 1)
+            yield [
+                Chunk(c.index[some], c.lengths[some], torch.cat(rows[some]))
+                for c, rows in zip(chunks, parts, strict=True)
+            ]
+            first, size = i + 1, 0
+
+
+def _like(row: object, first: object) -> bool:
+    if not (isinstance(row, Tensor) and isinstance(first, Tensor)):
+        return False
+    return row.dim() == 3 and row.shape[1:] == first.shape[1:]
+
+
+def _shape(row: object) -> str:
+    return str(list(row.shape)) if isinstance(row, Tensor) else type(row).__name__
+
+
+def _visible(folder: Path) -> bool:
+    """Whether something is there already; temporary files of a run that was killed are nothing."""
+    if not folder.is_dir():
+        return folder.exists()
+    return any(not entry.name.startswith(".") for entry in folder.iterdir())
+
+
+def _as_json(index: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(index, indent=2)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"a recording's meta holds what JSON cannot ({error}); keep to text, numbers and lists"
+        ) from None
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
     file = folder / INDEX_NAME
     if not file.is_file():
-        raise ArtifactError(f"no recording at {folder}: {INDEX_NAME} is missing")
+        raise ArtifactError(
+            f"no recording at {folder}: {INDEX_NAME} is missing; give the folder that "
+            "rec.save(path) or lm.record(..., out=path) wrote"
+        )
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ArtifactError(f"{file} is not valid JSON: {error}") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise ArtifactError(f"{file} is not valid JSON ({error}); record anew") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise ArtifactError(f"{file} is not a recording of format {FORMAT}")
+        found = index.get("format") if isinstance(index, dict) else type(index).__name__
+        raise ArtifactError(
+            f"{file} has format {found!r}, this Trimtab reads {FORMAT}; update the one or the other"
+        )
+    kinds = {"complete": bool, "rows": int, "places": list, "meta": dict}
+    wrong = [k for k, kind in kinds.items() if not isinstance(index.get(k), kind)]
+    if wrong or not all(_is_entry(entry) for entry in index["places"]):
+        raise ArtifactError(f"{file} is damaged in {', '.join(wrong) or 'places'}; record anew")
     return index
 
 
-def _read_shard(file: Path, n_places: int) -> list[Chunk]:
+def _is_entry(entry: Any) -> bool:
+    """Whether an entry of the index names a place and its layers."""
+    if not (isinstance(entry, dict) and isinstance(entry.get("place"), str)):
+        return False
+    layers = entry.get("layers")
+    return isinstance(layers, list) and all(isinstance(i, int) for i in layers)
+
+
+def _read_shard(file: Path, layers: Sequence[tuple[int, ...]]) -> list[Chunk]:
+    """A chunk per place of one shard, memory-mapped."""
     try:
         with safe_open(file, framework="pt") as shard:
             index = tuple(shard.get_tensor("index").tolist())
-            return [
+            chunks = [
                 Chunk(
                     index,
                     tuple(shard.get_tensor(f"{i}.lengths").tolist()),
                     shard.get_tensor(f"{i}.values"),
                 )
-                for i in range(n_places)
+                for i in range(len(layers))
             ]
     except (SafetensorError, OSError) as error:
-        raise ArtifactError(
-            f"{file} cannot be read ({error}); delete this shard and run the same recording again"
-        ) from None
+        raise _damaged(file, str(error)) from None
+    for chunk, numbers in zip(chunks, layers, strict=True):
+        shape, rows = list(chunk.values.shape), len(chunk.lengths)
+        if shape[:2] != [sum(chunk.lengths), len(numbers)] or len(shape) != 3 or rows != len(index):
+            raise _damaged(file, f"values {shape} for {len(index)} rows and {len(numbers)} layers")
+    return chunks
+
+
+def _damaged(file: Path, reason: str) -> ArtifactError:
+    return ArtifactError(
+        f"{file} cannot be read ({reason}); delete this shard and run the same recording again"
+    )

@@ -41,7 +41,8 @@ class Clock:
     def positions(self, first: int, width: int) -> Tensor:
         """Positions [B, width] of the columns first .. first + width; -1 where padding."""
         known = self.columns[:, first : first + width]
-        after = torch.arange(max(first, self.columns.shape[1]), first + width)
+        begin = max(first, self.columns.shape[1])  # a prompt may come in parts: none after it yet
+        after = torch.arange(begin, max(begin, first + width))
         grown = self.lengths[:, None] + (after - self.columns.shape[1])[None]
         return torch.cat([known, grown], dim=1)
 
@@ -156,7 +157,7 @@ class Call:
                 reader.begin(self.positions)
             for step in self.steps:
                 if step.gate:
-                    step.gate.begin()
+                    step.gate.begin(first)
 
     def _widen(self, rows: int) -> None:
         if rows % self.rows:
@@ -219,12 +220,75 @@ class Call:
         return mask.to(device), order
 
 
+class Slots:
+    """Edits as data for a compiled pass of one token per row: a vector per place, depth and row.
+
+    ``delta`` [K, S, B, D], float32; ``on``, ``relative`` and ``keep`` [K, S, B, 1] say which rows
+    take it and how. K places, S edits one after the other. Changing numbers recompiles nothing.
+    """
+
+    def __init__(
+        self, keys: tuple[Key, ...], depth: int, rows: int, width: int, device: torch.device
+    ) -> None:
+        self.index = {key: i for i, key in enumerate(keys)}
+        self.depth, self.rows = depth, rows
+        self.delta = torch.zeros(len(self.index), depth, rows, width, device=device)
+        self.on, self.relative, self.keep = (
+            torch.zeros(len(self.index), depth, rows, 1, dtype=torch.bool, device=device)
+            for _ in range(3)
+        )
+
+    @property
+    def keys(self) -> set[Key]:
+        """The places that have slots."""
+        return set(self.index)
+
+    def clear(self) -> None:
+        """No row takes anything."""
+        self.on.zero_()
+
+    def write(
+        self,
+        key: Key,
+        depth: int,
+        delta: Tensor,
+        *,
+        on: Tensor,
+        relative: bool,
+        keep_norm: bool,
+    ) -> None:
+        """Set one place: ``delta`` [B or 1, D] for the rows ``on`` [B]; the others keep theirs."""
+        i, rows = self.index[key], on.to(self.on.device)
+        new = delta.to(self.delta).expand(len(on), -1)
+        self.delta[i, depth] = torch.where(rows[:, None], new, self.delta[i, depth])
+        self.on[i, depth, :, 0] = rows
+        self.relative[i, depth] = relative
+        self.keep[i, depth] = keep_norm
+
+    def visit(self, key: Key, x: Tensor) -> Tensor:
+        """The activation [B, 1, D] that leaves a tap; traced into the graph."""
+        if key not in self.index:
+            return x
+        i, tiny = self.index[key], torch.finfo(torch.float32).tiny
+        for s in range(self.depth):
+            old = x.float()
+            length = torch.linalg.vector_norm(old, dim=-1, keepdim=True)
+            new = old + self.delta[i, s][:, None] * torch.where(
+                self.relative[i, s][:, None], length, 1.0
+            )
+            new_length = torch.linalg.vector_norm(new, dim=-1, keepdim=True).clamp_min(tiny)
+            new = torch.where(self.keep[i, s][:, None], new * (length / new_length), new)
+            x = torch.where(self.on[i, s][:, None], new.to(x.dtype), x)
+        return x
+
+
 class Taps:
     """The hooks of one model. ``carry`` makes a call active for the passes inside it."""
 
     def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
         self.call: Call | None = None
+        self.slots: Slots | None = None
         self.lock = threading.RLock()
         self.handles = [
             anatomy.trunk.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -258,6 +322,16 @@ class Taps:
                 self.call = None
 
     @contextmanager
+    def slotted(self, slots: Slots, wait: bool = True) -> Iterator[None]:
+        """Run a compiled pass inside: what the taps do is traced from ``slots``."""
+        with self.held(wait):
+            self.slots = slots
+            try:
+                yield
+            finally:
+                self.slots = None
+
+    @contextmanager
     def replay(self, call: Call, wait: bool = True) -> Iterator[None]:
         """Keep a finished pass's edits alive while a backward pass computes blocks again."""
         with self.carry(call, wait):
@@ -266,6 +340,10 @@ class Taps:
                 yield
             finally:
                 call.replaying = False
+
+    def __deepcopy__(self, memo: Any) -> "Taps":
+        """A copied model brings these taps along, idle; an LM made of it installs its own."""
+        return self
 
     def remove(self) -> None:
         """Take the hooks out of the model."""
@@ -282,7 +360,9 @@ class Taps:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = self.call
-        if call is None or (call.thread is not None and call.thread != threading.get_ident()):
+        if call is None or call.thread not in (None, threading.get_ident()):
+            return
+        if module is not self.anatomy.trunk:  # of a copy
             return
         ids = kwargs.get("input_ids")
         ids = kwargs.get("inputs_embeds") if ids is None else ids
@@ -297,33 +377,39 @@ class Taps:
             return module.register_forward_hook(self._on_output(key))
         return module.register_forward_pre_hook(self._on_input(key), with_kwargs=True)
 
+    def _visitor(self, key: Key, module: nn.Module) -> Callable[[Key, Tensor], Tensor] | None:
+        """What is to be done at a tap in this pass, if anything."""
+        call = self.call
+        if call is None:
+            return None if self.slots is None else self.slots.visit
+        if key not in call.keys or call.thread not in (None, threading.get_ident()):
+            return None
+        # A copied model brings these hooks along: they must not act on its passes.
+        return call.visit if module is self.anatomy.taps[key][0] else None
+
     def _on_output(self, key: Key) -> Callable[..., Any]:
         def tap(module: nn.Module, args: Any, output: Any) -> Any:
-            call = self.call
-            if call is None or key not in call.keys:
-                return None
-            if call.thread is not None and call.thread != threading.get_ident():
+            visit = self._visitor(key, module)
+            if visit is None:
                 return None
             x = first_tensor(output)
-            new = call.visit(key, x)
+            new = visit(key, x)
             return None if new is x else with_first(output, new)
 
         return tap
 
     def _on_input(self, key: Key) -> Callable[..., Any]:
         def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            call = self.call
-            if call is None or key not in call.keys:
-                return None
-            if call.thread is not None and call.thread != threading.get_ident():
+            visit = self._visitor(key, module)
+            if visit is None:
                 return None
             if args:
                 x = first_tensor(args[0])
-                new = call.visit(key, x)
+                new = visit(key, x)
                 return None if new is x else ((new, *args[1:]), kwargs)
             name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
             x = first_tensor(kwargs[name])
-            new = call.visit(key, x)
+            new = visit(key, x)
             return None if new is x else (args, {**kwargs, name: new})
 
         return tap

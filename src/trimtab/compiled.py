@@ -1,0 +1,144 @@
+"""Compiled decoding: edits as data in fixed buffers, so that a compiled graph stays valid.
+
+Knows static caches, ``torch.compile`` and slots; knows no text. The prompt runs as it does without
+compiling. Every later pass has one token per row, and there an edit is a vector per layer and row:
+the graph adds what lies in a buffer, and a change of edit is a change of numbers. One graph serves
+a batch size, a cache length and a set of sites; ``lm.compile()`` says what it costs.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+
+from trimtab.chat import Batch
+from trimtab.decode import Eager
+from trimtab.edits import Add, Step
+from trimtab.taps import Call, Key, Slots
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # cache sizes: one graph each
+
+
+class Compiled:
+    """The compiled step of one model, its caches and its slots, kept from run to run."""
+
+    def __init__(self, lm: "LM", **options: Any) -> None:
+        self.lm = lm
+        self.slots: list[Slots] = []
+        self.caches: dict[tuple[int, int], StaticCache] = {}
+        self.step = torch.compile(self._step, fullgraph=True, dynamic=False, **options)
+
+    def engine(self, call: Call) -> "Static | Eager":
+        """The engine for a call: compiled where its edits fit into slots, else as without."""
+        return Static(self) if fits(call) else Eager(self.lm)
+
+    def cache(self, rows: int, length: int) -> StaticCache:
+        """An empty cache of at least ``length`` columns, used again from run to run."""
+        size = next((n for n in LENGTHS if n >= length), length)
+        if (rows, size) not in self.caches:
+            config = self.lm.text_config
+            self.caches = {(rows, size): StaticCache(config=config, max_cache_len=size)}
+        cache = self.caches[rows, size]
+        cache.reset()
+        return cache
+
+    def slots_for(self, call: Call, rows: int) -> Slots:
+        """Slots with room for this call's edits; those of an earlier call where they have it.
+
+        At least one edit at ``resid``, so that one graph serves no edit and most edits.
+        """
+        depth = max((len(steps) for steps in call.writes.values()), default=0)
+        for slots in self.slots:
+            if slots.rows == rows and slots.depth >= depth and call.writes.keys() <= slots.keys:
+                return slots
+        sites = {"resid", *(step.site for step in call.steps)}
+        keys = tuple(key for key in self.lm.anatomy.taps if key[0] in sites)
+        slots = Slots(keys, max(depth, 1), rows, self.lm.width, self.lm.device)
+        self.slots.append(slots)
+        return slots
+
+    def _step(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
+        out = self.lm.forward(ids, mask, positions, cache=cache, keep=1)
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
+
+
+class Static:
+    """The passes of one generation on a cache of fixed size, its steps compiled."""
+
+    fixed = True
+
+    def __init__(self, compiled: Compiled) -> None:
+        self.compiled, self.lm = compiled, compiled.lm
+
+    def start(self, batch: Batch, call: Call, room: int) -> Tensor:
+        rows, width = batch.ids.shape
+        self.call, self.column = call, width
+        self.cache = self.compiled.cache(rows, width + room)
+        size = self.cache.layers[0].max_cache_len
+        self.mask = torch.ones(rows, size, dtype=torch.long, device=batch.ids.device)
+        self.mask[:, :width] = batch.mask  # the causal mask hides what is not written yet
+        self.next = batch.lengths
+        positions = (batch.mask.cumsum(1) - 1).clamp_min(0)
+        with torch.no_grad(), self.lm.taps.carry(call, self.lm.waits):
+            out = self.lm.forward(batch.ids, batch.mask, positions, cache=self.cache, keep=1)
+        self.slots = self.compiled.slots_for(call, rows)
+        self.slots.clear()
+        self.written: dict[int, Any] = {}
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self._fill()
+        with torch.no_grad(), self.lm.taps.slotted(self.slots, self.lm.waits):
+            logits = self.compiled.step(tokens[:, None], self.mask, self.next[:, None], self.cache)
+        self.next, self.column = self.next + 1, self.column + 1
+        return logits.clone()
+
+    def take(self, rows: Tensor) -> None:
+        raise NotImplementedError("a compiled graph has a fixed number of rows")
+
+    def _fill(self) -> None:
+        """Write this column's edits into the slots, where they differ from the last column's."""
+        positions = self.call.clock.positions(self.column, 1)
+        depth: dict[Key, int] = {}
+        for number, step in enumerate(self.call.steps):
+            where = {layer: depth.get((step.site, layer), 0) for layer in step.layers}
+            for layer in step.layers:
+                depth[step.site, layer] = where[layer] + 1
+            chosen = step.selection.mask(positions)[:, 0]  # [B]
+            order = step.selection.order(positions)[:, 0] if step.per_token else None
+            state = (chosen.tolist(), None if order is None else order.tolist())
+            if self.written.get(number) != state:
+                self.written[number] = state
+                self._write(step, where, chosen, order)
+
+    def _write(
+        self, step: Step, where: dict[int, int], chosen: Tensor, order: Tensor | None
+    ) -> None:
+        edit = step.edit
+        assert isinstance(edit, Add)
+        for layer, i in step.layers.items():
+            delta = step.values["delta"][i].detach()  # [B or 1, D] or [B or 1, N, D]
+            if order is not None:
+                delta = delta.expand(len(chosen), -1, -1)
+                last = (delta.shape[1] - 1) * torch.ones_like(order)
+                delta = delta[torch.arange(len(chosen)), torch.minimum(order, last)]
+            self.slots.write(
+                (step.site, layer),
+                where[layer],
+                delta,
+                on=chosen & step.acts[i],
+                relative=edit.relative,
+                keep_norm=edit.keep_norm,
+            )
+
+
+def fits(call: Call) -> bool:
+    """Whether a call's edits can live in slots: additions, without conditions or readings."""
+    plain = all(isinstance(s.edit, Add) and s.gate is None for s in call.steps)
+    return plain and not call.readers

@@ -1,0 +1,474 @@
+"""The command line: real commands on a tiny Llama, and the demo once on the real model.
+
+Knows what is printed and saved. The tiny model is random, so only laws are asked of it.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+from typer.testing import CliRunner
+
+import model_zoo
+import tokenizers_zoo
+import trimtab as tt
+from trimtab import cli
+
+JOY = "We laughed and danced all evening.", "What a bright and lovely morning it was."
+GLOOM = "We sat alone in the rain, in tears.", "It was a grey and hopeless morning."
+
+
+@dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+    error: BaseException | None
+
+
+def trimtab(*args, stdin=""):
+    """Run a command in this process, with piped input."""
+    result = CliRunner().invoke(cli.app, [str(a) for a in args], input=stdin)
+    return Done(result.exit_code, result.stdout, result.stderr, result.exception)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a tiny model that can chat."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model_zoo.ARCHITECTURES["llama"](max_position_embeddings=1024).save_pretrained(folder)
+    tokenizers_zoo.byte_tokenizer("chatml").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lm(model):
+    return tt.LM.load(str(model))
+
+
+@pytest.fixture
+def examples(tmp_path):
+    file = tmp_path / "joy.jsonl"
+    rows = [
+        {"prompt": f"How was day {i}?", "completion": text, "label": label}
+        for i in range(8)
+        for label, texts in ((1, JOY), (0, GLOOM))
+        for text in texts
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+@pytest.fixture
+def probe(model, examples, tmp_path):
+    """The folder of a probe that `trimtab fit` saved."""
+    done = trimtab("fit", examples, "--model", model, "--out", tmp_path / "joy")
+    assert done.code == 0, done
+    return tmp_path / "joy"
+
+
+# ---- the door -----------------------------------------------------------------------------------
+
+NO_TORCH = """
+import sys
+from trimtab.cli import main
+sys.argv = ["trimtab", {!r}]
+try:
+    main()
+finally:
+    assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_are_fast_and_need_no_torch(option):
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        code = NO_TORCH.format(option)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+    assert ("doctor" if option == "--help" else tt.__version__) in done.stdout
+    assert min(seconds) < 0.5
+
+
+def test_python_m_trimtab_is_the_command():
+    command = [sys.executable, "-m", "trimtab", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == f"trimtab {tt.__version__}\n", done.stderr
+
+
+def test_an_error_is_one_red_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, "-m", "trimtab"]
+    done = subprocess.run([*command, "show", "gone"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error ") and "gone" in done.stderr
+    assert done.stderr.count("\n") == 1
+    command += ["--debug", "show", "gone"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "ArtifactError" in done.stderr
+
+
+# ---- fit ----------------------------------------------------------------------------------------
+
+
+def test_fit_draws_accuracy_and_saves_a_probe(model, examples, tmp_path):
+    out = tmp_path / "joy"
+    done = trimtab("fit", examples, "-m", model, "--out", out, "--layers", "1:3", "--dose", 0.1)
+    assert done.code == 0, done
+    assert "train" in done.out and "held out" in done.out
+    assert "█" in done.out
+    made = tt.load(out)
+    assert isinstance(made, tt.Probe)
+    assert made.layers == (0, 1, 2, 3)
+    assert made.meta.name == "joy"
+    assert made.meta.made_by["steer"] == {"layers": [1, 2], "dose": 0.1}
+    assert made.meta.scores["heldout_accuracy"] == pytest.approx(made.heldout_accuracy.tolist())
+
+
+def test_fit_without_held_out_prompts_shows_training_only(model, examples, tmp_path):
+    out = tmp_path / "joy"
+    done = trimtab("fit", examples, "-m", model, "--out", out, "--held-out", 0)
+    assert done.code == 0, done
+    assert "train" in done.out and "held out" not in done.out
+
+
+def test_fit_warns_of_what_the_probe_could_learn_instead(model, tmp_path):
+    file = tmp_path / "odd.jsonl"
+    rows = [{"prompt": "?", "completion": f"yes {i}", "label": 1} for i in range(6)]
+    rows += [{"prompt": "?", "completion": f"no {i}", "label": 0} for i in range(6)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    done = trimtab("fit", file, "-m", model, "--out", tmp_path / "odd", "--held-out", 0)
+    assert done.code == 0, done
+    assert "warning" in done.out and "'no'" in done.out
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--method", "magic"], "magic"),
+        (["--place", "resid@99"], "layers"),
+        (["--place", "nowhere"], "nowhere"),
+        (["--place", "resid@0:2 answer", "--layers", "3"], "--layers 3"),
+        (["--model", "./no-such-model"], "no-such-model"),
+    ],
+)
+def test_fit_says_what_is_wrong(model, examples, tmp_path, options, told):
+    done = trimtab("fit", examples, "-m", model, "--out", tmp_path / "joy", *options)
+    assert done.code == 2
+    assert told in done.err
+    assert not (tmp_path / "joy").exists()
+
+
+def test_fit_says_which_sources_there_are():
+    done = trimtab("fit", "hapiness")
+    assert done.code == 2
+    assert "'happiness'" in done.err
+
+
+@pytest.mark.parametrize("command", [["fit", "humor"], ["demo"]])
+def test_what_is_no_artifact_is_never_written_over(command, tmp_path):
+    (tmp_path / "mine").mkdir()
+    done = trimtab(*command, "--model", "./never-loaded", "--out", tmp_path / "mine")
+    assert done.code == 2
+    assert "choose another name" in done.err
+
+
+# ---- show ---------------------------------------------------------------------------------------
+
+
+def test_show_a_probe(probe):
+    done = trimtab("show", probe)
+    assert done.code == 0, done
+    for told in ("joy", "probe", "resid@all answer[:16]", "as written", "held out", "4 layers"):
+        assert told in done.out
+    facts = json.loads(trimtab("show", probe, "--json").out)
+    assert facts["sha256_ok"] is True
+    assert facts["kind"] == "probe"
+    assert facts["bytes"] == sum(f.stat().st_size for f in probe.iterdir())
+    assert len(facts["scores"]["heldout_accuracy"]) == 4
+
+
+def test_show_an_edit(probe, tmp_path):
+    tt.load(probe).edit(dose=0.1).save(tmp_path / "edit")
+    done = trimtab("show", tmp_path / "edit")
+    assert done.code == 0, done
+    assert "edit" in done.out and "from: probe" in done.out
+
+
+def test_show_a_recording(lm, tmp_path):
+    recording = lm.record(["Hello", "Good day"], "resid@0:2 prompt", show_progress=False)
+    recording.save(tmp_path / "rec")
+    done = trimtab("show", tmp_path / "rec")
+    assert done.code == 0, done
+    assert "recording" in done.out and "resid@0:2 prompt" in done.out
+    facts = json.loads(trimtab("show", tmp_path / "rec", "--json").out)
+    assert facts["rows"] == 2
+    assert facts["places"][0]["tokens"] == sum(recording.lengths)
+
+
+def test_show_tells_a_changed_artifact(probe):
+    file = probe / "tensors.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    done = trimtab("show", probe)
+    assert done.code == 1
+    assert "DIFFERS" in done.out
+    assert json.loads(trimtab("show", probe, "--json").out)["sha256_ok"] is False
+
+
+def test_show_never_passes_commands_on_to_the_terminal(probe):
+    file = probe / "artifact.json"
+    header = json.loads(file.read_text())
+    header["name"] = "joy\x1b[2J [bold]x[/nonsense]"
+    file.write_text(json.dumps(header))
+    done = trimtab("show", probe)
+    assert done.code == 0, done
+    assert "\x1b" not in done.out
+    assert "[bold]x[/nonsense]" in done.out
+
+
+def test_show_loads_no_transformers(probe):
+    code = NO_TORCH.replace("argv = [", "argv = [*").replace('"trimtab", {!r}', "{!r}")
+    code = code.format(("trimtab", "show", str(probe))).replace('"torch"', '"transformers.models"')
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "joy" in done.stdout, done.stderr
+
+
+# ---- chat ---------------------------------------------------------------------------------------
+
+
+def talk(model, *lines, options=()):
+    """Pipe lines into a chat; the answers' labels and texts, and everything printed."""
+    stdin = "".join(f"{line}\n" for line in lines)
+    done = trimtab("chat", "-m", model, "--max-new-tokens", 8, *options, stdin=stdin)
+    assert done.code == 0, done
+    found = re.findall(
+        r"^(plain|\S+=\S+(?: \S+=\S+)*) › (.*?)\n\n(?=you|\Z)", done.out, re.M | re.S
+    )
+    return found, done
+
+
+def test_chat_answers_as_generate_does_over_several_turns(model, lm):
+    answers, _ = talk(model, "Hello", "And you?")
+    history = [{"role": "user", "content": "Hello"}]
+    first = lm.generate(history, max_new_tokens=8)
+    history += [{"role": "assistant", "content": first}, {"role": "user", "content": "And you?"}]
+    second = lm.generate(history, max_new_tokens=8)
+    assert answers == [("plain", cli._plain(first)), ("plain", cli._plain(second))]
+
+
+def test_chat_steers_by_dose_and_off_is_plain_again(model, lm, probe):
+    answers, done = talk(
+        model, "Hello", "/reset", f"/steer {probe}=0.8", "/show", "Hello", "/off", "/reset", "Hello"
+    )
+    plain, steered, again = answers
+    assert plain == again
+    assert steered[0] == "joy=0.8"
+    assert steered[1] != plain[1]
+    assert "a dose of 0.8 at resid@1:3 all" in done.out
+    edit = tt.load(probe).edit(dose=0.8, layers="1:3")
+    assert steered[1] == cli._plain(lm.generate("Hello", edits=edit, max_new_tokens=8))
+
+
+def test_chat_scales_a_saved_edit_by_a_factor(model, lm, probe, tmp_path):
+    edit = tt.load(probe).edit(dose=0.4, layers="0:3")
+    edit.save(tmp_path / "edit")
+    answers, done = talk(model, "/show", "Hello", options=("--steer", f"{tmp_path / 'edit'}=-2"))
+    assert answers == [
+        ("edit=-2", cli._plain(lm.generate("Hello", edits=-2.0 * edit, max_new_tokens=8)))
+    ]
+    assert "times -2 (1 is as saved)" in done.out
+
+
+def test_chat_adds_several_and_stops_one_at_zero(model, probe, tmp_path):
+    edit = tt.load(probe).edit(dose=0.4, layers="0:3")
+    for name in ("a", "b"):
+        edit.save(tmp_path / name)
+    a, b = tmp_path / "a", tmp_path / "b"
+    answers, _ = talk(model, f"/steer {a} {b}=0.5", "Hello", f"/steer {a}=0", "Hello")
+    assert [label for label, _ in answers] == ["a=1 b=0.5", "b=0.5"]
+
+
+def test_chat_learns_a_built_in_concept_once(model, monkeypatch):
+    learned = []
+    real = cli._learn
+    monkeypatch.setattr(cli, "_learn", lambda *a, **k: learned.append(a[2]) or real(*a, **k))
+    _, done = talk(model, "/steer humor=0.1", "/off", "/steer humor=-0.1")
+    assert learned == ["humor"]
+    assert "humor: a dose of -0.1" in done.out
+
+
+def test_chat_system_and_reset(model, lm):
+    answers, _ = talk(model, "/system Be brief.", "Hello", "/reset", "/system", "Hello")
+    told = lm.generate("Hello", max_new_tokens=8, system="Be brief.")
+    assert [text for _, text in answers] == [
+        cli._plain(told),
+        cli._plain(lm.generate("Hello", max_new_tokens=8)),
+    ]
+
+
+def test_chat_goes_on_after_errors_and_quits(model, probe):
+    answers, done = talk(
+        model, "/frob", "/steer hapiness", f"/steer {probe}=much", "/steer", "/help", "Hello",
+        "/quit", "Hello",
+    )  # fmt: skip
+    assert len(answers) == 1
+    assert done.err.count("error ") == 4
+    assert "Did you mean 'happiness'?" in done.err
+    assert "is a dose" in done.out and "is a factor" in done.out
+
+
+def test_chat_refuses_an_artifact_of_another_model(model, tmp_path, probe):
+    file = probe / "artifact.json"
+    header = json.loads(file.read_text())
+    header["model"]["fingerprint"] = "0" * 16
+    file.write_text(json.dumps(header))
+    done = trimtab("chat", "-m", model, "--steer", probe)
+    assert done.code == 2
+    assert "another model" in done.err
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(lm, capsys):
+    session = cli.Session(lm, sampling={"max_new_tokens": 64})
+    real = lm.stream
+
+    class Interrupted:
+        def __getattr__(self, name):
+            return getattr(lm, name)
+
+        def stream(self, *args, **kwargs):
+            for number, piece in enumerate(real(*args, **kwargs)):
+                if number == 3:
+                    signal.raise_signal(signal.SIGINT)
+                yield piece
+
+    session.lm = Interrupted()
+    assert session.turn("Hello")
+    assert "(stopped)" in capsys.readouterr().out
+    assert [m["role"] for m in session.history] == ["user", "assistant"]
+    session.lm = lm
+    session.turn("Go on")
+    assert len(session.history) == 4
+
+
+# ---- demo ---------------------------------------------------------------------------------------
+
+
+def test_demo_on_a_tiny_model(model, tmp_path):
+    done = trimtab("demo", "--model", model, "--out", tmp_path / "happy")
+    assert done.code == 0, done
+    made = tt.load(tmp_path / "happy")
+    assert isinstance(made, tt.Edit)
+    assert made.meta.name == "happiness"
+    assert made.meta.made_by["method"] == cli.DEMO.method
+    assert len(made.meta.scores["accuracy"]) == 4
+    assert all(question in done.out for question in cli.DEMO.questions)
+    assert re.search(r"load [\d.]+ s, learn [\d.]+ s, answer [\d.]+ s", done.out)
+
+
+HAPPY = re.compile(
+    r"\b(happy|happi\w+|excit\w+|love\w*|fun|great|amazing|wonderful|fantastic|delight\w*|joy\w*|"
+    r"smil\w+|laugh\w*|beautiful|bright\w*|thrill\w*|enjoy\w*|favou?rite|friends?|play\w*)\b"
+)
+SAD = re.compile(
+    r"\b(sad\w*|dark\w*|alone|lonely|pain\w*|loss|lost|death|dead|die[ds]?|dying|fear\w*|cold|"
+    r"despair\w*|suffer\w*|violence|grief|empty|tears?|cr(y|ied|ying)|hopeless\w*|end|ending|"
+    r"unending|doom\w*|curs\w+|miser\w+|never|unable|torn|war)\b"
+)
+
+
+@pytest.mark.slow
+def test_demo_on_the_real_model_makes_it_happier(tmp_path, monkeypatch):
+    said = []
+    real = cli._print_answers
+    monkeypatch.setattr(
+        cli, "_print_answers", lambda answers: said.extend(answers) or real(answers)
+    )
+    monkeypatch.chdir(tmp_path)
+    done = trimtab("demo")
+    assert done.code == 0, done
+    assert len(said) == 3 and all(question in done.out for question in cli.DEMO.questions)
+    edit = tt.load("happiness")
+    assert isinstance(edit, tt.Edit) and max(edit.meta.scores["heldout_accuracy"]) > 0.7
+
+    def mood(column):
+        text = " ".join(answers[column] for answers in said).lower()
+        return len(HAPPY.findall(text)) - len(SAD.findall(text))
+
+    against, _, with_it = (mood(column) for column in range(3))
+    assert with_it > 3 + against
+    assert "happiness" in trimtab("show", "happiness").out
+
+
+# ---- doctor -------------------------------------------------------------------------------------
+
+
+def test_doctor_finds_this_installation_sound():
+    done = trimtab("doctor")
+    assert done.code == 0, done
+    assert "✘" not in done.out
+    facts = json.loads(trimtab("doctor", "--json").out)
+    assert facts["ok"] is True
+    assert {"python", "torch", "transformers"} <= set(facts["versions"])
+    assert facts["devices"][-1].startswith("cpu")
+    assert len(facts["checks"]) == 4
+
+
+def test_doctor_control_edits_that_do_nothing_are_found(monkeypatch):
+    monkeypatch.setattr("trimtab.lm.LM._call", _without_edits(tt.LM._call))
+    done = trimtab("doctor")
+    assert done.code == 1
+    assert "✘ an edit changes the logits" in done.out
+
+
+def _without_edits(call):
+    return lambda self, batch, edits, lengths=None: call(self, batch, None, lengths)
+
+
+def test_doctor_reports_whatever_is_broken(monkeypatch):
+    monkeypatch.setattr(cli, "_tiny_lm", lambda: 1 / 0)
+    done = trimtab("doctor", "--json")
+    assert done.code == 1
+    assert "ZeroDivisionError" in json.loads(done.out)["checks"][0]["name"]
+
+
+# ---- small parts --------------------------------------------------------------------------------
+
+
+def test_layers_of_other_models_keep_the_share_of_the_depth():
+    assert cli.DEMO.layers_of(cli.DEMO.n_layers) == cli.DEMO.layers
+    for n in range(1, 100):
+        assert 0 <= min(cli.DEMO.layers_of(n)) <= max(cli.DEMO.layers_of(n)) < n
+
+
+def test_many_layers_are_drawn_thinly():
+    chart = cli._one_chart("train", range(126), [0.9] * 126).plain
+    assert max(map(len, chart.split("\n"))) <= 80
+
+
+def test_bars():
+    assert cli.bars([0.0, 0.5, 0.5625, 1.0, 2.0], 1, 0.5, 1.0) == ["  ▁██"]
+
+
+def test_names_and_numbers():
+    assert cli._named_number("joy") == ("joy", None)
+    assert cli._named_number("a=b/joy=-0.5") == ("a=b/joy", -0.5)
+    for wrong in ("joy=", "joy=nan", "=1", "joy=much"):
+        with pytest.raises(tt.TrimtabError, match="name=number"):
+            cli._named_number(wrong)
+
+
+def test_the_environment_is_left_alone():
+    before = dict(os.environ)
+    trimtab("--version")
+    assert dict(os.environ) == before

@@ -1,0 +1,493 @@
+"""Concept probes against independent numpy and scikit-learn, on recordings made by hand."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from sklearn.linear_model import LogisticRegression
+
+import model_zoo
+import tokenizers_zoo
+import trimtab as tt
+from trimtab import concepts
+from trimtab.errors import ArtifactError, PlaceError
+from trimtab.recording import Chunk, Recording, Track
+
+L, D = 3, 8
+MODEL = {"id": "tiny", "revision": None, "width": D, "layers": 5, "fingerprint": "00ff"}
+
+
+def made(n=40, seed=0, signal=1.0, most=9, offset=3.0):
+    """Ragged rows [T_i, L, D] and labels: one in four is positive, and those rows are longer."""
+    random = np.random.default_rng(seed)
+    direction = random.normal(size=(L, D))
+    labels = (np.arange(n) % 4 == 0).astype(float)
+    rows = []
+    for label in labels:
+        tokens = random.integers(1, most) + 3 * int(label)
+        noise = random.normal(size=(tokens, L, D)) + offset
+        rows.append(torch.from_numpy(noise + signal * label * direction).float())
+    return rows, labels
+
+
+def recorded(rows, chunks=1, place="resid@1:4"):
+    """A recording of these rows in several chunks, out of order, as harvesting leaves them."""
+    order = list(range(len(rows)))[::-1] if chunks > 1 else list(range(len(rows)))
+    parts = [order[i::chunks] for i in range(chunks)]
+    track = [
+        Chunk(tuple(p), tuple(len(rows[i]) for i in p), torch.cat([rows[i] for i in p]))
+        for p in parts
+        if p
+    ]
+    place = tt.Place.parse(place)
+    return Recording({place: Track(place.layer_indices(5), track)})
+
+
+def by_hand(rows, labels, normalize):
+    """The mean probe in float64 numpy: the difference of the class means, of unit length."""
+    tokens = np.concatenate([r.double().numpy() for r in rows])
+    y = np.concatenate([np.full(len(r), label) for r, label in zip(rows, labels, strict=True)])
+    mean = tokens.mean(0)
+    if normalize:
+        tokens = tokens - mean
+        tokens = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
+    weight = tokens[y == 1].mean(0) - tokens[y == 0].mean(0)
+    weight /= np.linalg.norm(weight, axis=-1, keepdims=True)
+    return mean, weight, np.einsum("nld,ld->nl", tokens, weight), y
+
+
+# ---- the fit -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunks", [1, 7])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_mean_probe_is_the_definition(normalize, chunks):
+    rows, labels = made()
+    probe = tt.concepts.fit_recording(recorded(rows, chunks), labels, normalize=normalize)
+    mean, weight, scores, y = by_hand(rows, labels, normalize)
+    np.testing.assert_allclose(probe.weight.numpy(), weight, atol=1e-6)
+    assert probe.layers == (1, 2, 3) and str(probe.place) == "resid@1:4 all"
+    if normalize:
+        np.testing.assert_allclose(probe.mean.numpy(), mean, atol=1e-6)
+    else:
+        assert probe.mean is None
+    for i in range(L):
+        sk = LogisticRegression(C=1, fit_intercept=not normalize, tol=1e-12, max_iter=1000)
+        sk.fit(scores[:, i : i + 1], y)
+        np.testing.assert_allclose(float(probe.gain[i]), sk.coef_[0, 0], rtol=1e-5)
+        np.testing.assert_allclose(float(probe.bias[i]), np.ravel(sk.intercept_)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 200.0])
+def test_the_logistic_fit_is_scikit_learns(with_bias, scale):
+    random = np.random.default_rng(1)
+    y = (random.random(300) < 0.2).astype(float)
+    scores = scale * (random.normal(size=(300, 2)) + 0.7 * y[:, None] + np.array([0.0, 2.0]))
+    gain, bias = concepts.logistic_1d(
+        torch.from_numpy(scores), torch.from_numpy(2 * y - 1), with_bias=with_bias
+    )
+    for i in range(2):
+        sk = LogisticRegression(
+            C=1, fit_intercept=with_bias, tol=1e-14, max_iter=5000, solver="newton-cholesky"
+        )
+        sk.fit(scores[:, i : i + 1], y)
+        np.testing.assert_allclose(float(gain[i]), sk.coef_[0, 0], rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(float(bias[i]), np.ravel(sk.intercept_)[0], rtol=1e-6, atol=1e-6)
+
+
+def test_the_logistic_fit_of_separable_scores_is_finite():
+    s = torch.tensor([[-3.0], [-2.0], [2.0], [3.0]])
+    gain, bias = concepts.logistic_1d(s, torch.tensor([-1.0, -1, 1, 1]), with_bias=True)
+    sk = LogisticRegression(C=1, tol=1e-14, solver="newton-cholesky")
+    sk.fit(s.numpy(), [0, 0, 1, 1])
+    np.testing.assert_allclose([float(gain), float(bias)], [sk.coef_[0, 0], 0.0], atol=1e-5)
+
+
+def test_chunks_of_unequal_size_weigh_by_their_tokens():
+    """1024 zeros and a one: a mean of the chunks' means would be a half."""
+    zeros, one = torch.zeros(1024, 1, D), torch.ones(1, 1, D)
+    chunks = [Chunk((0,), (1024,), zeros), Chunk((1,), (1,), one)]
+    rec = Recording({tt.Place("resid", 0): Track((0,), chunks)})
+    sums = concepts._Chunks(rec, torch.tensor([-1.0, 1.0]), torch.tensor([True, True]))
+    np.testing.assert_allclose(sums.mean().numpy(), np.full((1, D), 1 / 1025), rtol=1e-12)
+    naive = torch.stack([c.values.mean(0) for c in chunks]).mean(0)
+    assert float(naive[0, 0]) == 0.5  # the control
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_chunked_is_unchunked(normalize):
+    rows, labels = made(60, most=200)  # more tokens than one piece
+    options = {"normalize": normalize, "held_out": 0.25}
+    whole = tt.concepts.fit_recording(recorded(rows), labels, **options)
+    parts = tt.concepts.fit_recording(recorded(rows, 13), labels, **options)
+    for name in ("weight", "gain", "bias", "accuracy", "heldout_accuracy"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-5, atol=1e-6)
+    assert len(list(concepts._pieces(next(recorded(rows).chunks())))) > 1
+
+
+def test_accuracy_is_per_token_then_per_row_then_over_rows():
+    rows, labels = made(24, signal=0.4)
+    probe = tt.concepts.fit_recording(recorded(rows, 3), labels, held_out=0.25, seed=5)
+    keep = tt.concepts.split(range(24), None, 0.25, 5)
+    mean, weight = probe.mean.double().numpy(), probe.weight.double().numpy()
+    per_row = []
+    for row, label in zip(rows, labels, strict=True):
+        x = row.double().numpy() - mean
+        x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+        p = 1 / (1 + np.exp(-np.einsum("nld,ld->nl", x, weight) * probe.gain.numpy()))
+        per_row.append(((p > 0.5) == (label == 1)).mean(0))
+    per_row = np.stack(per_row)
+    assert 0.5 < per_row.mean() < 1  # worth comparing
+    assert int((~keep).sum()) == 6
+    np.testing.assert_allclose(probe.accuracy, per_row[keep.numpy()].mean(0), atol=1e-6)
+    np.testing.assert_allclose(probe.heldout_accuracy, per_row[~keep.numpy()].mean(0), atol=1e-6)
+
+
+def test_nothing_held_out_is_no_number():
+    probe = tt.concepts.fit_recording(recorded(made()[0]), made()[1])
+    assert bool(torch.isnan(probe.heldout_accuracy).all())
+    assert probe.meta.scores.get("heldout_accuracy") is None
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("flip", [1, -1])
+def test_positives_score_higher(normalize, flip):
+    rows, labels = made(signal=2.0)
+    labels = labels if flip == 1 else 1 - labels
+    rec = recorded(rows)
+    probe = tt.concepts.fit_recording(rec, labels, normalize=normalize)
+    p = probe.predict(rec)
+    assert bool((probe.gain > 0).all())
+    assert bool((p[labels == 1].mean(0) > p[labels == 0].mean(0)).all())
+
+
+@pytest.mark.parametrize("low,high", [(0, 1), (-1, 1), (2, 10), (False, True)])
+def test_labels_on_any_scale(low, high):
+    rows, labels = made()
+    given = [high if label else low for label in labels]
+    probe = tt.concepts.fit_recording(recorded(rows), given)
+    wanted = tt.concepts.fit_recording(recorded(rows), torch.tensor(labels))
+    assert torch.equal(probe.weight, wanted.weight) and torch.equal(probe.gain, wanted.gain)
+
+
+def test_graded_labels_are_a_covariance():
+    rows, _ = made(30)
+    grades = np.linspace(1, 5, 30)
+    probe = tt.concepts.fit_recording(recorded(rows, 4), grades, normalize=False)
+    tokens = np.concatenate([r.double().numpy() for r in rows])
+    y = np.concatenate([np.full(len(r), g) for r, g in zip(rows, grades, strict=True)])
+    weight = np.einsum("nld,n->ld", tokens, y - y.mean())
+    weight /= np.linalg.norm(weight, axis=-1, keepdims=True)
+    np.testing.assert_allclose(probe.weight.numpy(), weight, atol=1e-6)
+
+
+def test_rows_without_a_token_teach_nothing():
+    rows, labels = made(20)
+    gaps = [*rows, torch.zeros(0, L, D), torch.zeros(0, L, D)]
+    wanted = tt.concepts.fit_recording(recorded(rows), labels)
+    probe = tt.concepts.fit_recording(recorded(gaps), [*labels, 1, 0])
+    for name in ("weight", "gain", "accuracy"):
+        torch.testing.assert_close(getattr(probe, name), getattr(wanted, name))
+    with pytest.raises(PlaceError, match=r"rows \[20, 21\] hold no token"):
+        probe.predict(recorded(gaps))
+
+
+# ---- the split -----------------------------------------------------------------------------------
+
+
+def test_no_prompt_on_both_sides():
+    groups = [f"prompt {i // 3}" for i in range(30)]
+    keep = tt.concepts.split(groups, None, 0.3, 7)
+    sides = {g: {bool(k) for k, h in zip(keep, groups, strict=True) if h == g} for g in groups}
+    assert all(len(side) == 1 for side in sides.values())
+    assert int((~keep).sum()) == 9  # whole prompts: 3 of 10
+    assert torch.equal(keep, tt.concepts.split(groups, None, 0.3, 7))
+    others = [tt.concepts.split(groups, None, 0.3, seed) for seed in range(5)]
+    assert any(not torch.equal(keep, other) for other in others)
+    by_row = tt.concepts.split(range(30), None, 0.3, 7)  # the control: rows of a prompt part
+    kept = {g for k, g in zip(by_row, groups, strict=True) if k}
+    assert kept & {g for k, g in zip(by_row, groups, strict=True) if not k}
+
+
+def test_the_split_draws_nothing_from_the_global_state():
+    torch.manual_seed(3)
+    wanted = torch.rand(2)
+    torch.manual_seed(3)
+    tt.concepts.split(range(30), None, 0.3, 7)
+    assert torch.equal(torch.rand(2), wanted)
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ([1, 0], "2 labels for 8 rows; give one label per row"),
+        ([1] * 8, r"two kinds at least, not \[1.0\]; give examples of both"),
+        ([1, math.nan] * 4, "labels must be finite"),
+        ([1, math.inf] * 4, "labels must be finite"),
+        (["good", "bad"] * 4, "labels are numbers, one per row"),
+        ([None] * 8, "labels are numbers, one per row"),
+    ],
+)
+def test_labels_that_do_not_fit(labels, told):
+    with pytest.raises(PlaceError, match=told):
+        tt.concepts.fit_recording(recorded(made(8)[0]), labels)
+
+
+def test_options_that_do_not_fit():
+    rows, labels = made(8)
+    rec = recorded(rows)
+    with pytest.raises(ValueError, match=r"method is one of mean.*not 'magic'"):
+        tt.concepts.fit_recording(rec, labels, method="magic")
+    for share in (-0.1, 1, 1.5, math.nan):
+        with pytest.raises(ValueError, match=r"held_out is a fraction in \[0, 1\)"):
+            tt.concepts.fit_recording(rec, labels, held_out=share)
+    with pytest.raises(PlaceError, match="3 groups for 8 rows"):
+        tt.concepts.fit_recording(rec, labels, groups=["a", "b", "c"])
+    with pytest.raises(PlaceError, match=r"one class only .*held_out=0.9\); give more examples"):
+        tt.concepts.fit_recording(rec, labels, held_out=0.9, groups=labels.tolist())
+    two = Recording({**rec._tracks, **recorded(rows, place="norm@0:3")._tracks})
+    with pytest.raises(PlaceError, match="holds several places; choose one"):
+        tt.concepts.fit_recording(two, labels)
+
+
+@pytest.mark.parametrize("examples", [["How are you?"], [("a", "b")], [{"prompt": "a"}]])
+def test_fit_takes_examples(examples):
+    lm = tt.LM(model_zoo.tiny("llama"), tokenizers_zoo.byte_tokenizer("chatml"))
+    with pytest.raises(PlaceError, match=r"fit takes examples .*not (str|tuple|dict); read them"):
+        tt.concepts.fit(lm, examples, "resid@0")
+    with pytest.raises(PlaceError, match="there are no rows to learn from"):
+        tt.concepts.fit(lm, [], "resid@0")
+    alike = [tt.Example("a", "b", 1), tt.Example("c", "d", 1)]
+    with pytest.raises(PlaceError, match="two kinds at least"):
+        tt.concepts.fit(lm, alike, "resid@0")
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def fitted(**meta):
+    rows, labels = made(signal=2.0)
+    return tt.concepts.fit_recording(recorded(rows), labels, **meta)
+
+
+def tied(probe):
+    from dataclasses import replace
+
+    return replace(probe, meta=replace(probe.meta, model=MODEL)).named("joy")
+
+
+def test_predict_is_the_mean_probability():
+    rows, labels = made(10)
+    probe = tt.concepts.fit_recording(recorded(rows), labels, normalize=False)
+    wanted = torch.stack(
+        [torch.sigmoid((r * probe.weight).sum(-1) * probe.gain + probe.bias).mean(0) for r in rows]
+    )
+    torch.testing.assert_close(probe.predict(recorded(rows, 4)), wanted)
+
+
+def test_predict_of_what_it_cannot_read():
+    probe, rows = fitted(), made(4)[0]
+    with pytest.raises(PlaceError, match=r"reads resid at layers \[1, 2, 3\], width 8.*norm"):
+        probe.predict(recorded(rows, place="norm@1:4"))
+    with pytest.raises(PlaceError, match=r"holds resid at \[0, 1, 2\].*recording\[place\]"):
+        probe.predict(recorded(rows, place="resid@0:3"))
+    with pytest.raises(PlaceError, match="width 5"):
+        probe.predict(recorded([r[..., :5] for r in rows]))
+    rec = recorded(rows)
+    rec.meta["model"] = {**MODEL, "fingerprint": "11ee", "id": "other"}
+    with pytest.raises(ArtifactError, match=r"joy was made for another model.*untied\(\)"):
+        tied(probe).predict(rec)
+    assert tied(probe).untied().predict(rec).shape == (4, L)
+
+
+def test_some_layers():
+    probe, rec = fitted(), recorded(made()[0])
+    some = probe.at([1, 3])
+    assert some.layers == (1, 3) and str(some.place) == "resid@1,3 all"
+    torch.testing.assert_close(some.predict(rec["resid@1,3"]), probe.predict(rec)[:, [0, 2]])
+    assert probe.at(-1).layers == (3,)  # of a model that nobody named: the last that was recorded
+    with pytest.raises(PlaceError, match=r"no layers \[4\]; it has \[1, 2, 3\]"):
+        tied(probe).at(-1)  # of a model of 5 layers
+    assert tied(probe).at(-2).layers == (3,)
+    readout = probe.readout
+    assert readout.place == tt.Place("resid", "1:4") and torch.equal(readout.weight, probe.weight)
+
+
+# ---- the edit ------------------------------------------------------------------------------------
+
+
+def test_the_edit_is_scale_times_the_unit_direction():
+    probe = fitted()
+    edit = probe.edit(scale=12.0, keep_norm=False)
+    assert str(edit.place) == "resid@1:4 all" and not edit.keep_norm and not edit.relative
+    torch.testing.assert_close(edit.delta, 12.0 * probe.weight)
+    torch.testing.assert_close(edit.delta.norm(dim=-1), torch.full((L,), 12.0))
+    assert probe.edit().keep_norm and torch.equal(probe.edit().delta, probe.edit(16.0).delta)
+    torch.testing.assert_close(
+        probe.edit([1.0, 2.0, -3.0]).delta.norm(dim=-1), torch.tensor([1, 2, 3.0])
+    )
+    assert torch.equal(probe.edit(-12.0).delta, -edit.delta)
+
+
+def test_the_dose_is_a_fraction_of_the_length():
+    probe = fitted()
+    edit = probe.edit(dose=[0.1, 0.2, 0.3], tokens="answer")
+    assert edit.relative and str(edit.place) == "resid@1:4 answer"
+    torch.testing.assert_close(edit.delta.norm(dim=-1), torch.tensor([0.1, 0.2, 0.3]))
+
+
+def test_guidance_is_the_papers_formula():
+    """x' = |x| (x + a w/|w|) / |x + a w/|w||, in float32."""
+    probe = fitted()
+    x = torch.randn(1, 4, D)
+    edit = probe.edit(scale=5.0, layers=2)
+    w = 3 * probe.weight[1]  # its length does not matter
+    w = w / w.norm()
+    moved = x + 5.0 * w
+    wanted = x.norm(dim=-1, keepdim=True) * moved / moved.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(edit.write(x, {"delta": edit.delta}), wanted)
+    torch.testing.assert_close(wanted.norm(dim=-1), x.norm(dim=-1))
+
+
+def test_layers_are_given_or_the_best():
+    from dataclasses import replace
+
+    probe = replace(fitted(), accuracy=torch.tensor([0.7, 0.9, 0.9]))
+    assert probe.edit(top_layers=1).place.layers == "2"  # the first of equals
+    assert probe.edit(top_layers=2).place.layers == "2:4"
+    assert probe.edit(top_layers=99).place.layers == "1:4"
+    assert probe.edit(layers=range(1, 3)).place.layers == "1:3"
+    assert probe.edit(layers="1,3").delta.shape == (2, D)
+    for count in (0, -1):
+        with pytest.raises(PlaceError, match=f"top_layers is 1 or more, not {count}"):
+            probe.edit(top_layers=count)
+    with pytest.raises(PlaceError, match=r"no layers \[0\]; it has \[1, 2, 3\]"):
+        probe.edit(layers=[0, 1])
+    with pytest.raises(PlaceError, match=r"\[2\] strengths for 3 layers"):
+        probe.edit(scale=[1.0, 2.0])
+    with pytest.raises(PlaceError, match="NaN or infinite"):
+        probe.edit(scale=math.nan)
+
+
+def test_the_edit_knows_its_origin():
+    probe = tied(fitted())
+    edit = probe.edit()
+    assert edit.meta.name == "joy" and edit.meta.model == MODEL
+    assert edit.meta.made_by["from"] == "probe" and edit.meta.made_by["method"] == "mean"
+    assert probe.untied().edit().meta.model is None and probe.meta.model == MODEL
+    assert probe.untied().meta.name == "joy"
+
+
+def test_a_layer_without_signal_steers_nowhere():
+    from dataclasses import replace
+
+    probe = fitted()
+    flat = replace(probe, weight=probe.weight * torch.tensor([[1.0], [0.0], [1.0]]))
+    assert torch.equal(flat.edit().delta[1], torch.zeros(D))
+
+
+# ---- on disk -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [str, Path])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_save_and_load(tmp_path, form, normalize):
+    probe = tied(fitted(normalize=normalize))
+    probe.save(form(tmp_path / "joy"))
+    back = tt.load(form(tmp_path / "joy"))
+    for name in ("weight", "gain", "bias", "mean", "accuracy"):
+        one, other = getattr(probe, name), getattr(back, name)
+        assert (one is other is None) or torch.equal(one, other)
+    assert (back.place, back.layers, back.meta.name) == (probe.place, probe.layers, "joy")
+    assert back.meta.model == MODEL and back.meta.made_by == probe.meta.made_by
+    assert len(back.meta.scores["accuracy"]) == L
+    assert torch.equal(back.edit().delta, probe.edit().delta)
+
+
+def release(tmp_path, **tensors):
+    save_file(tensors, tmp_path / "humor.safetensors")
+    return tt.load(tmp_path / "humor.safetensors")
+
+
+def test_release_files(tmp_path):
+    W, a, b = torch.randn(4, D), torch.rand(4), torch.randn(4)
+    probe = release(tmp_path, W=W, a=a, b=b)
+    assert (probe.place, probe.layers) == (tt.Place("norm", "0:4"), (0, 1, 2, 3))
+    assert probe.meta.name == "humor" and probe.mean is None
+    rec = recorded([torch.randn(3, 4, D)], place="norm@0:4")
+    wanted = torch.sigmoid((rec.rows()[0] * W).sum(-1) * a + b).mean(0)
+    torch.testing.assert_close(probe.predict(rec)[0], wanted)
+    torch.testing.assert_close(probe.edit(8.0).delta, 8 * W / W.norm(dim=-1, keepdim=True))
+    probe.save(tmp_path / "kept")  # its accuracy is no number
+    again = tt.load(tmp_path / "kept")
+    assert torch.equal(again.weight, W) and bool(torch.isnan(again.accuracy).all())
+    with pytest.raises(
+        PlaceError, match=r"no accuracy to choose 2 of its 4 layers by; give layers"
+    ):
+        probe.edit(top_layers=2)
+
+
+def test_release_files_with_less_in_them(tmp_path):
+    W = torch.randn(4, D)
+    probe = release(tmp_path, W=W.half()[:, None])
+    assert torch.equal(probe.gain, torch.ones(4)) and torch.equal(probe.bias, torch.zeros(4))
+    assert torch.equal(probe.weight, W.half().float())
+    single = release(tmp_path, W=W[:1], b=torch.ones(1))
+    assert single.weight.shape == (1, D) and float(single.bias) == 1
+    with pytest.raises(ArtifactError, match=r"W .* has shape \[2, 3, 4\], expected \[L, D\]"):
+        release(tmp_path, W=torch.ones(2, 3, 4))
+    with pytest.raises(ArtifactError, match=r"b in .* has shape \[3\], but W has 4 layers"):
+        release(tmp_path, W=W, b=torch.ones(3))
+
+
+def test_damaged_probes(tmp_path):
+    from trimtab.artifact import Meta, Parts, save
+
+    probe = fitted()
+    names = ("weight", "gain", "bias", "accuracy", "heldout_accuracy")
+    whole = {n: getattr(probe, n) for n in names}
+    for extra, tensors, told in [
+        ({"layers": [1, 2, 3]}, {n: whole[n] for n in names[:4]}, "lacks some of weight, gain"),
+        ({}, whole, "'layers' is missing"),
+        ({"layers": [1, 2]}, whole, "names 2 layers, but holds"),
+        ({"layers": [1, 2, 3]}, {**whole, "gain": torch.ones(2)}, "gain has shape"),
+        ({"layers": [1, 2, 3]}, {**whole, "accuracy": torch.ones(7)}, "names 3 layers"),
+        ({"layers": 3}, whole, "cannot be built"),
+    ]:
+        save(tmp_path / "p", Parts("probe", Meta(), "resid@1:4 all", extra, tensors))
+        with pytest.raises(ArtifactError, match=told):
+            tt.load(tmp_path / "p")
+
+
+# ---- from text to a steered answer ---------------------------------------------------------------
+
+
+def test_fit_on_a_model():
+    lm = tt.LM(model_zoo.tiny("llama"), tokenizers_zoo.byte_tokenizer("chatml"))
+    examples = [
+        tt.Example(f"Question {i // 2}", "yes yes yes" if i % 2 else "no, never", float(i % 2))
+        for i in range(12)
+    ]
+    probe = tt.concepts.fit(
+        lm, examples, "norm@0: answer[:4]", name="agreement", show_progress=False
+    )
+    assert probe.layers == (0, 1, 2, 3) and probe.meta.name == "agreement"
+    assert probe.meta.model == lm.describe() and probe.meta.made_by["examples"] == 12
+    rec = lm.record(examples, "norm@0: answer[:4]", show_progress=False)
+    wanted = tt.concepts.fit_recording(
+        rec, [e.label for e in examples], held_out=0.2, groups=[e.prompt for e in examples]
+    )
+    assert torch.equal(probe.weight, wanted.weight)
+    assert float(probe.accuracy.max()) > 0.8
+    batch = lm.batch("Question 1")
+    plain = lm(batch).logits
+    assert not torch.equal(lm(batch, probe.edit(8.0)).logits, plain)
+    assert torch.equal(lm(batch, probe.edit(0.0)).logits, plain)
+    assert torch.equal(lm(batch).logits, plain)
