@@ -14,8 +14,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.modeling_outputs import BaseModelOutput
 
 import model_zoo
-from trimtab.anatomy import SITES, WRITABLE, Anatomy, find_blocks, first_tensor, with_first
+from trimtab.anatomy import Anatomy, find_blocks, first_tensor, with_first
 from trimtab.errors import PlaceError
+from trimtab.place import SITES, WRITABLE
 
 NAMES = sorted(model_zoo.ARCHITECTURES)
 EVERY = sorted(model_zoo.ARCHITECTURES | model_zoo.HYBRIDS)

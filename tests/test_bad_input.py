@@ -97,7 +97,6 @@ BAD_EDITS = [
     (lambda: tt.Add("resid@1 [[1], [2], [3]]", noise(1, D)), r"for 3 rows|for \[3\] rows"),
     (lambda: [add()], "1 edits for 2 rows; give one edit per row"),
     (lambda: [add(), None, add()], "3 edits for 2 rows; give one edit per row"),
-    (lambda: [], "0 edits for 2 rows"),
     (lambda: [add(rows=(3,)), None], r"for 3 rows, but it serves one row of a list"),
     (lambda: [tt.Add("resid@1 [[1], [2]]", noise(1, D)), None], r"2 rows"),
     (lambda: "humor", r"not str 'humor'; load a saved one with tt.load"),
@@ -166,7 +165,18 @@ def test_a_probe_of_another_model(lm):
     with pytest.raises(ArtifactError, match="joy was made for another model"):
         lm.stream(PROMPT, read=Probe())
     with pytest.raises(ArtifactError, match="joy was made for another model"):
-        lm(TWO, tt.When(Probe(), 0.5, add()))
+        lm(TWO, tt.When(Probe(), 0.5, add().named("joy")))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_empty_list_of_edits_is_none(lm, way):
+    empty, none = ways(lm, [])[way](), ways(lm, None)[way]()
+    if way == "call":
+        assert torch.equal(empty.logits, none.logits)
+    elif way == "record":
+        assert all(map(torch.allclose, empty.rows(), none.rows()))
+    else:
+        assert torch.equal(empty, none) if way == "score" else empty == none
 
 
 def test_sites_that_an_architecture_lacks():
@@ -319,7 +329,7 @@ def test_no_tokenizer():
 
 
 def test_no_template():
-    """A tokenizer without a template reads plain text; roles that it has no words for are refused."""
+    """A tokenizer without a template reads plain text; roles without words are refused."""
     plain = tt.LM(model_zoo.tiny("llama"), tokenizers_zoo.byte_tokenizer(None))
     assert isinstance(plain.generate("How are", max_new_tokens=2), str)
     assert isinstance(plain.generate([{"role": "user", "content": "Hi"}], max_new_tokens=2), str)

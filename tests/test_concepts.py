@@ -92,7 +92,7 @@ def test_the_logistic_fit_is_scikit_learns(with_bias, scale):
     )
     for i in range(2):
         sk = LogisticRegression(
-            C=1, fit_intercept=with_bias, tol=1e-14, max_iter=5000, solver="newton-cholesky"
+            C=1, fit_intercept=with_bias, tol=1e-9, max_iter=5000, solver="newton-cholesky"
         )
         sk.fit(scores[:, i : i + 1], y)
         np.testing.assert_allclose(float(gain[i]), sk.coef_[0, 0], rtol=1e-6, atol=1e-9)
@@ -102,7 +102,7 @@ def test_the_logistic_fit_is_scikit_learns(with_bias, scale):
 def test_the_logistic_fit_of_separable_scores_is_finite():
     s = torch.tensor([[-3.0], [-2.0], [2.0], [3.0]])
     gain, bias = concepts.logistic_1d(s, torch.tensor([-1.0, -1, 1, 1]), with_bias=True)
-    sk = LogisticRegression(C=1, tol=1e-14, solver="newton-cholesky")
+    sk = LogisticRegression(C=1, tol=1e-9, solver="newton-cholesky")
     sk.fit(s.numpy(), [0, 0, 1, 1])
     np.testing.assert_allclose([float(gain), float(bias)], [sk.coef_[0, 0], 0.0], atol=1e-5)
 
@@ -406,7 +406,7 @@ def test_save_and_load(tmp_path, form, normalize):
         one, other = getattr(probe, name), getattr(back, name)
         assert (one is other is None) or torch.equal(one, other)
     assert (back.place, back.layers, back.meta.name) == (probe.place, probe.layers, "joy")
-    assert back.meta.model == MODEL and back.meta.made_by == probe.meta.made_by
+    assert back.meta.model == MODEL and probe.meta.made_by.items() <= back.meta.made_by.items()
     assert len(back.meta.scores["accuracy"]) == L
     assert torch.equal(back.edit().delta, probe.edit().delta)
 

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "src" / "trimtab"
 FLOORS = [
     {"errors", "place", "edits", "recording", "artifact"},
     {"anatomy", "taps"},
-    {"chat", "models", "lm", "decode", "harvest"},
+    {"chat", "models", "lm", "decode", "harvest", "compiled"},
     {"concepts", "selfcontrol", "prefix", "latentqa"},
     {"data", "evals"},
     {"cli", "server", "web", "vllm", "gguf", "hub", "__main__"},

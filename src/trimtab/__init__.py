@@ -13,17 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_MODULES = (
-    "artifact",
-    "chat",
-    "concepts",
-    "data",
-    "edits",
-    "errors",
-    "models",
-    "place",
-    "recording",
-)
 _NAMES = {
     "LM": "lm",
     "Run": "lm",
@@ -59,7 +48,39 @@ if TYPE_CHECKING:
     from trimtab.place import Place
     from trimtab.recording import Recording
 
-__all__ = [*_NAMES, *_MODULES, "__version__", "load"]
+__all__ = [
+    "LM",
+    "Add",
+    "ArtifactError",
+    "Batch",
+    "BusyError",
+    "ChatError",
+    "Edit",
+    "Example",
+    "Meta",
+    "Piece",
+    "Place",
+    "PlaceError",
+    "Probe",
+    "Project",
+    "Readout",
+    "Recording",
+    "Replace",
+    "Run",
+    "TrimtabError",
+    "When",
+    "__version__",
+    "artifact",
+    "chat",
+    "concepts",
+    "data",
+    "edits",
+    "errors",
+    "load",
+    "models",
+    "place",
+    "recording",
+]
 
 
 def load(path: Any) -> Any:
@@ -77,7 +98,7 @@ def load(path: Any) -> Any:
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
         return getattr(importlib.import_module(f"trimtab.{_NAMES[name]}"), name)
-    if name in _MODULES:
+    if name in __all__:
         return importlib.import_module(f"trimtab.{name}")
     raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
 

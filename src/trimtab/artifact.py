@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,7 @@ def _header(parts: Parts) -> dict[str, Any]:
         "name": meta.name,
         "place": parts.place,
         "model": meta.model,
-        "made_by": meta.made_by,
+        "made_by": {**meta.made_by, "trimtab": version("trimtab")},
         "scores": meta.scores,
         "extra": parts.extra,
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -298,12 +297,17 @@ def _answer_piece(text: str, full: str, answer: str) -> str:
     """
     core = answer.strip()
     direct = full.startswith(text)
-    after = full[len(text) if direct else len(commonprefix([text, full])) :]
+    after = full[len(text) if direct else _common(text, full) :]
     if not (direct and core and after.lstrip().startswith(core)):
         return core if core in after and answer not in after else answer
     end = len(after) - len(after.lstrip()) + len(core)
     tail = answer[len(answer.rstrip()) :]
     return after[: end + len(tail)] if after.startswith(tail, end) else after[:end]
+
+
+def _common(a: str, b: str) -> int:
+    """How many characters two texts share from the start."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _with_system(

@@ -79,7 +79,7 @@ class Static:
         rows, width = batch.ids.shape
         self.call, self.column = call, width
         self.cache = self.compiled.cache(rows, width + room)
-        size = self.cache.layers[0].max_cache_len
+        size = self.cache.get_max_length()
         self.mask = torch.ones(rows, size, dtype=torch.long, device=batch.ids.device)
         self.mask[:, :width] = batch.mask  # the causal mask hides what is not written yet
         self.next = batch.lengths

@@ -262,7 +262,6 @@ def fit_recording(
     right = ((scores * gain + bias > 0) == (y[rows] > 0)[:, None]).double()
     accuracy = _by_row(right, rows, keep)
     made_by = {"method": method, "normalize": normalize, "seed": seed, "rows": len(y)}
-    made_by["trimtab"] = _version()
     return Probe(
         recording.place,
         recording.layers,
@@ -405,12 +404,6 @@ def _by_row(right: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
     sums = torch.zeros(len(keep), right.shape[1], dtype=torch.float64).index_add_(0, rows, right)
     counts = torch.bincount(rows, minlength=len(keep)).clamp_min(1)[:, None]
     return (sums / counts)[keep].mean(0)
-
-
-def _version() -> str:
-    from trimtab import __version__
-
-    return __version__
 
 
 def _load(parts: Parts) -> Probe:

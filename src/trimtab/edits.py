@@ -8,7 +8,7 @@ of a pass, N chosen tokens, D width.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self, cast
@@ -40,6 +40,11 @@ class Edit:
         if self.place.site not in WRITABLE:
             raise PlaceError(
                 f"site {self.place.site!r} can be read, not written; write to {', '.join(WRITABLE)}"
+            )
+        if self.place.before:
+            raise PlaceError(
+                f"{str(self.place)!r} names the value before an edit, which can be recorded, not "
+                "written; leave out before"
             )
 
     def parts(self) -> "list[Edit]":

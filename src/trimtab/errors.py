@@ -1,4 +1,4 @@
-"""What can go wrong, by kind. Every message carries the value that was given and what to do instead."""
+"""What can go wrong, by kind. Every message carries the value given and what to do instead."""
 
 
 class TrimtabError(Exception):

@@ -5,7 +5,7 @@ nothing on the model has changed.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -52,7 +52,7 @@ class Run:
     def backward(self, loss: Tensor, **options: Any) -> None:
         """Differentiate ``loss`` (a function of this run), with the edits in force."""
         with self._lm.taps.replay(self._call, self._lm.waits):
-            loss.backward(**options)  # type: ignore[no-untyped-call]
+            loss.backward(**options)
 
 
 class Piece(str):
@@ -328,11 +328,11 @@ class LM:
     ) -> Any:
         """Answers to prompts: str in, str out; a list in, a list out.
 
-        ``edits``: one for all rows, or a list with one per row (None for none). ``temperature`` 0 is
-        greedy; ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``, ``no_repeat_ngram_size``
-        and ``seed`` shape sampling without touching global random state. With
-        ``num_return_sequences`` n > 1 each prompt gives a list of n. Any other option (``num_beams``
-        and so on) goes to transformers' own ``generate``. ``stop``: texts that end an answer.
+        ``edits``: one for all rows, or a list with one per row (None for none). ``temperature`` 0
+        is greedy; ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
+        ``no_repeat_ngram_size`` and ``seed`` shape sampling without touching global random state.
+        With ``num_return_sequences`` n > 1 each prompt gives a list of n. ``stop``: texts that end
+        an answer. Any other option (``num_beams`` ...) goes to transformers' own ``generate``.
         """
         listed, single = _listed(prompts)
         if not listed:
@@ -610,7 +610,8 @@ class LM:
         columns_ = torch.arange(longest, 0, -1, device=labels.device)
         real = columns_[None] <= (batch.lengths - batch.prompt_len)[:, None]
         picked = logits.gather(-1, labels[..., None])[..., 0] - logits.logsumexp(-1)
-        return (picked * real).sum(1) / real.sum(1)
+        mean: Tensor = (picked * real).sum(1) / real.sum(1)
+        return mean
 
     def _encode_examples(self, examples: Any, raw: bool, system: str | None) -> list[Encoded]:
         if isinstance(examples, Batch):
@@ -660,8 +661,10 @@ class _Gauge:
 
 def _listed(prompts: Any) -> tuple[list[Any], bool]:
     """Prompts as a list, and whether there was a single one."""
-    if isinstance(prompts, str) or hasattr(prompts, "completion"):
+    if isinstance(prompts, str | bytes) or hasattr(prompts, "completion"):
         return [prompts], True
+    if not isinstance(prompts, Iterable):
+        raise ChatError(f"a prompt is text or a list of messages, not {prompts!r:.60}")
     if isinstance(prompts, Mapping):
         raise ChatError("a conversation is a list of messages; put the message into a list")
     listed = list(prompts)
