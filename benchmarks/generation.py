@@ -13,6 +13,7 @@ import torch
 from common import best_of, check, save
 
 import trimtab as tt
+from trimtab.merge import Edits
 
 TOKENS = 48
 PROMPT = "Write a long story about a dog that crosses a mountain range in winter."
@@ -41,7 +42,7 @@ def compare(plain: Any, lm: tt.LM, size: int, repeats: int) -> list[dict[str, An
         inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
         model.generate(**inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
 
-    def ours(edits: tt.edits.Edits) -> None:
+    def ours(edits: Edits) -> None:
         ids = lm.generate_ids(batch, edits, TOKENS)
         assert all(len(row) == TOKENS for row in ids), "a row ended early"
 
@@ -51,13 +52,24 @@ def compare(plain: Any, lm: tt.LM, size: int, repeats: int) -> list[dict[str, An
         "lm.generate, Add on 22 layers": 1.03,
         "lm.generate, Add keep_norm on 22 layers": 1.06,
     }
-    base, one, many = "transformers generate, no taps", list(limits)[2], "a different Add in each row"
+    base, one, many = (
+        "transformers generate, no taps",
+        list(limits)[2],
+        "a different Add in each row",
+    )
     times = best_of(
         {
             base: lambda: theirs(plain),
-            **dict(zip(limits, [lambda: theirs(lm.model), *(
-                lambda edit=edit: ours(edit) for edit in (None, add, keep)
-            )], strict=True)),
+            **dict(
+                zip(
+                    limits,
+                    [
+                        lambda: theirs(lm.model),
+                        *(lambda edit=edit: ours(edit) for edit in (None, add, keep)),
+                    ],
+                    strict=True,
+                )
+            ),
             many: lambda: ours(several),
         },
         repeats,
@@ -67,7 +79,9 @@ def compare(plain: Any, lm: tt.LM, size: int, repeats: int) -> list[dict[str, An
         for name, limit in limits.items()
     ]
     if size > 1:
-        rows.append(check(f"{size} different edits / one", times[many] / times[one], 1.05, at_least=False))
+        rows.append(
+            check(f"{size} different edits / one", times[many] / times[one], 1.05, at_least=False)
+        )
     return rows
 
 

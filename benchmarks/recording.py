@@ -17,6 +17,19 @@ from trimtab import harvest
 PLACE = "resid@all answer[:16]"
 
 
+def memory(lm: tt.LM, examples: list[tt.Example], place: tt.Place) -> tuple[float, int]:
+    """The budget, 1.2 times what is kept plus one batch, and what recording really adds, in bytes.
+
+    One batch is what recording a few examples adds beyond what it keeps.
+    """
+    one, few = peak_memory(lambda: lm.record(examples[:32], place, show_progress=False))
+    one -= sum(chunk.values.nbytes for chunk in few.chunks())
+    peak, all_of_them = peak_memory(lambda: lm.record(examples, place, show_progress=False))
+    kept = sum(chunk.values.nbytes for chunk in all_of_them.chunks())
+    print(f"kept {kept >> 20} MiB, one batch {one >> 20} MiB, recording adds {peak >> 20} MiB")
+    return 1.2 * kept + one, peak
+
+
 def main() -> None:
     lm = tt.LM.load("smollm2-135m", dtype="float32")
     plain = tt.models.load("smollm2-135m", dtype="float32")[0]
@@ -49,13 +62,17 @@ def main() -> None:
                 kept.append(torch.stack([h[0, asked] for h in out.hidden_states[1:]], 1))
         return kept
 
-    fresh = peak_memory(lambda: ours(examples))  # before anything else has grown the process
-    kept = sum(c.values.nbytes for c in fresh[1].chunks())
-    one = max(harvest.BUDGET * lm.width * 4 * 16, 1)  # a block's working set for one pass, in bytes
-    print(f"kept {kept / 2**20:.0f} MiB, peak {fresh[0] / 2**20:.0f} MiB beyond the model")
-    del fresh
+    limit, peak = memory(lm, examples, place)  # before anything else has grown the process
     many = best_of({"bare, 256": lambda: bare(cut), "record, 256": lambda: ours(examples)}, 2)
     small = best_of({"original, 32": lambda: original(few), "record, 32": lambda: ours(few)}, 3)
+    ratio = many["bare, 256"] / many["record, 256"]
+    speedup = small["original, 32"] / small["record, 32"]
+    rows = [
+        check("256 chats: bare forward / record", ratio, 0.9, at_least=True),
+        check("32 chats: original / record", speedup, 2.0, at_least=True),
+        check("32 chats: seconds to record", small["record, 32"], 3.0, at_least=False),
+        check("peak memory / (1.2 x kept + one batch)", peak / limit, 1.0, at_least=False),
+    ]
     same = max(
         float((a[:, :-1] - b[:, :-1]).norm() / b[:, :-1].norm())
         for a, b in zip(ours(few).rows(), original(few), strict=True)

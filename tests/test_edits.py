@@ -12,8 +12,9 @@ import torch
 
 import trimtab as tt
 from trimtab.artifact import Meta
-from trimtab.edits import Sum, fingerprint, merge, spread
+from trimtab.edits import Sum
 from trimtab.errors import ArtifactError, PlaceError
+from trimtab.merge import fingerprint, merge, spread
 
 L, D = 4, 8
 MODEL = {"id": "tiny", "width": D, "layers": L, "fingerprint": "00ff"}

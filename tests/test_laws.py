@@ -21,7 +21,7 @@ from transformers import DynamicCache
 import model_zoo
 import tokenizers_zoo
 import trimtab as tt
-from trimtab.edits import merge
+from trimtab.merge import merge
 from trimtab.place import FOREVER, WRITABLE, Place
 from trimtab.taps import Call, Clock
 

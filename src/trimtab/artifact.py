@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -254,10 +254,17 @@ def _header(parts: Parts) -> dict[str, Any]:
         "name": meta.name,
         "place": parts.place,
         "model": meta.model,
-        "made_by": {**meta.made_by, "trimtab": version("trimtab")},
+        "made_by": {**meta.made_by, "trimtab": _version()},
         "scores": meta.scores,
         "extra": parts.extra,
     }
+
+
+def _version() -> str:
+    try:
+        return version("trimtab")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
 
 
 def _bytes(file: Path) -> bytes:

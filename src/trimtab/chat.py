@@ -307,7 +307,9 @@ def _answer_piece(text: str, full: str, answer: str) -> str:
 
 def _common(a: str, b: str) -> int:
     """How many characters two texts share from the start."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 def _with_system(

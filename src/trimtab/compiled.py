@@ -14,7 +14,8 @@ from transformers import StaticCache
 
 from trimtab.chat import Batch
 from trimtab.decode import Eager
-from trimtab.edits import Add, Step
+from trimtab.edits import Add
+from trimtab.merge import Step
 from trimtab.taps import Call, Key, Slots
 
 if TYPE_CHECKING:

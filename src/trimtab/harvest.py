@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from trimtab.edits import Edit, fingerprint, merge, spread
+from trimtab.edits import Edit
 from trimtab.errors import PlaceError
+from trimtab.merge import fingerprint, merge, spread
 from trimtab.place import Place, Tokens
 from trimtab.recording import Chunk, Recording, ShardWriter, Track
 from trimtab.taps import Call, Clock, Reader, Stop

@@ -19,9 +19,10 @@ from trimtab.artifact import check_model
 from trimtab.chat import Batch, Encoded
 from trimtab.compiled import Compiled
 from trimtab.decode import Column, Eager, Engine, Sampling, columns
-from trimtab.edits import Edit, Edits, Readout, merge, spread
+from trimtab.edits import Edit, Readout
 from trimtab.errors import ChatError, PlaceError
-from trimtab.harvest import fits_trees, harvest
+from trimtab.harvest import TREE_WIDTH, fits_trees, harvest
+from trimtab.merge import Edits, merge, spread
 from trimtab.place import FOREVER, Place, Selection, Tokens
 from trimtab.recording import Recording
 from trimtab.taps import Call, Clock, Reader, Taps
@@ -574,7 +575,8 @@ class LM:
         key = (str(self.model.dtype), self.model.training, tuple(p.site for p in places))
         if key not in self._trees:
             window = getattr(self.text_config, "sliding_window", None)
-            self._trees[key] = window is None and fits_trees(self, places, layers)
+            room = self.context is None or self.context >= TREE_WIDTH
+            self._trees[key] = window is None and room and fits_trees(self, places, layers)
         return self._trees[key]
 
     def score(

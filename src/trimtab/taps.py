@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, first_tensor, with_first
-from trimtab.edits import Step
 from trimtab.errors import BusyError, PlaceError
+from trimtab.merge import Step
 from trimtab.place import Place, Selection
 from trimtab.recording import Chunk, Track
 
