@@ -186,6 +186,8 @@ def test_there_is_something_to_check():
         ("trimtab.newcomer", "import torch"),
         ("trimtab.lm", "from trimtab.newcomer import x"),
         ("trimtab.cli", "import torch"),
+        ("trimtab.cli.demo", "import torch"),
+        ("trimtab.server.app", "from trimtab.cli.screen import bars"),
         ("trimtab", "from transformers import AutoModel"),
     ],
 )
@@ -203,6 +205,7 @@ def test_control_a_violation_is_caught(module, source):
         ("trimtab.evals.sweeps", "from trimtab.concepts import Probe\nfrom trimtab import data"),
         ("trimtab.server.app", "from trimtab import LM"),
         ("trimtab.cli", "def f():\n    import torch\n    from trimtab.server import app"),
+        ("trimtab.cli.chat", "from trimtab.cli import demo\nfrom trimtab.cli.screen import bars"),
         ("trimtab", "if TYPE_CHECKING:\n    import torch"),
         ("trimtab.place", "if TYPE_CHECKING:\n    from transformers import PreTrainedModel"),
     ],

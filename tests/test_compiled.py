@@ -1,0 +1,93 @@
+"""Compiled decoding gives the eager answer, and a change of edit compiles nothing."""
+
+import pytest
+import torch
+
+import model_zoo
+import trimtab as tt
+
+pytestmark = pytest.mark.slow  # compiling takes seconds even for tiny models
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def unit(layers: int, width: int, seed: int = 0) -> torch.Tensor:
+    made = torch.randn(layers, width, generator=torch.Generator().manual_seed(seed))
+    return made / made.norm(dim=-1, keepdim=True)
+
+
+@pytest.fixture
+def pair():
+    """The same tiny model twice: eager, and compiled."""
+    torch._dynamo.reset()
+    eager, compiled = (tt.LM(model_zoo.tiny("llama", seed=3)) for _ in range(2))
+    yield eager, compiled.compile(backend="aot_eager")  # the graphs are what is tested
+    torch._dynamo.reset()
+
+
+def batch(rows: int) -> tt.Batch:
+    ids = torch.randint(3, 500, (rows, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if rows > 1:
+        mask[0, :4] = 0  # a shorter row, left-padded
+    return tt.Batch(ids, mask)
+
+
+def test_compiled_is_eager_for_every_kind_of_addition(pair):
+    eager, compiled = pair
+    w = unit(2, eager.width)
+    ramp = torch.linspace(0, 3, 4)[None, None, :, None] * w[:, None, None]
+    edits = {
+        "plain": tt.Add("resid@1:3", 2 * w),
+        "keep_norm": tt.Add("resid@1:3", 2 * w, keep_norm=True),
+        "dose": tt.Add("resid@1:3", 0.5 * w, relative=True, keep_norm=True),
+        "answer slice": tt.Add("resid@1:3 answer[2:5]", 4 * w),
+        "per position": tt.Add("resid@1:3 answer[1:5]", ramp),
+        "sum": tt.Add("resid@1:3", w) + tt.Add("resid@0:2", 2 * w.flip(0), keep_norm=True),
+    }
+    rows = batch(1)
+    plain = eager.generate_ids(rows, None, 10)
+    for name, edit in edits.items():
+        expected = eager.generate_ids(rows, edit, 10)
+        assert compiled.generate_ids(rows, edit, 10) == expected, name
+        assert expected != plain, f"control: {name} changes nothing"
+
+
+def test_rows_with_their_own_edits(pair):
+    eager, compiled = pair
+    w = unit(2, eager.width)
+    a, b = tt.Add("resid@1:3", 3 * w), tt.Add("resid@2:4 answer", -4 * w, keep_norm=True)
+    edits = [a, None, 0.5 * b]
+    expected = eager.generate_ids(batch(3), edits, 8)
+    assert compiled.generate_ids(batch(3), edits, 8) == expected
+    assert compiled.generate_ids(batch(3), edits[::-1], 8) != expected
+
+
+def test_no_graph_is_added_by_another_edit(pair):
+    _, compiled = pair
+    w = unit(2, compiled.width)
+    compiled.generate_ids(batch(1), None, 4)
+    before = graphs()
+    for i in range(20):
+        place = f"resid@{i % 3}:{i % 3 + 2} {('all', 'answer', 'answer[1:3]')[i % 3]}"
+        edit = tt.Add(place, 0.1 * i * w, keep_norm=i % 2 == 0, relative=i % 4 == 0)
+        compiled.generate_ids(batch(1), edit, 4)
+    assert graphs() == before
+    compiled.generate_ids(batch(1), tt.Add("mlp@1:3", w), 4)
+    assert graphs() > before, "control: another site is another graph"
+
+
+def test_what_does_not_fit_into_slots_runs_as_without(pair):
+    eager, compiled = pair
+    w = unit(1, eager.width)
+    for edit in (tt.Project("resid@2", w), tt.Replace("resid@1 answer[3:4]", w)):
+        assert compiled.generate_ids(batch(1), edit, 8) == eager.generate_ids(batch(1), edit, 8)
+
+
+def test_copies_and_sampling(pair):
+    eager, compiled = pair
+    options = dict(temperature=1.0, seed=5, num_return_sequences=3)
+    expected = eager.generate_ids(batch(2), None, 6, **options)
+    assert compiled.generate_ids(batch(2), None, 6, **options) == expected
