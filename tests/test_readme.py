@@ -21,5 +21,5 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
     for number, block in enumerate(BLOCKS, 1):
         exec(compile(block, f"README example {number}", "exec"), names)
     printed = capsys.readouterr().out
-    assert "row 0: When at norm@9:22" in printed
+    assert "row 0: When at resid@5:22" in printed
     assert (tmp_path / "happiness-edit" / "artifact.json").is_file()

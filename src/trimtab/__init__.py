@@ -3,7 +3,8 @@
     import trimtab as tt
     lm = tt.LM.load("smollm2-135m")
     happiness = tt.concepts.fit(lm, tt.data.read("happiness"), "resid@0: answer[:16]")
-    lm.generate("How was your day?", edits=happiness.edit(dose=0.04, layers="9:22"))
+    mood = happiness.edit(dose=0.017, layers="5:22", tokens="answer")
+    lm.generate("How do you feel about your work?", edits=mood)
 
 Everything public is named here and imported when it is first used: ``import trimtab`` is fast.
 """

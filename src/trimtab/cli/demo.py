@@ -34,14 +34,15 @@ class Recipe:
 
     model: str = "smollm2-135m"
     concept: str = "happiness"
-    place: str = "norm@0: answer[:16]"
-    layers: range = range(9, 22)
+    place: str = "resid@0: answer[:16]"
+    layers: range = range(5, 22)
     n_layers: int = 30  # of the model that was measured
-    dose: float = 0.08
+    tokens: str = "answer"  # steering the prompt too costs fluency
+    dose: float = 0.017
     questions: tuple[str, ...] = (
-        "How was your day?",
+        "How do you feel about your work?",
         "What do you think about the weather today?",
-        "Tell me about your plans for the weekend.",
+        "Write a short diary entry about this morning.",
     )
     max_new_tokens: int = 60
 
@@ -207,7 +208,7 @@ def learn(
 def edit_of(probe: "Probe", n_layers: int, dose: float = DEMO.dose) -> "Edit":
     """The edit by the recipe: at those of the probe's layers in its share, or all if none is."""
     layers = [i for i in probe.layers if i in DEMO.layers_of(n_layers)] or probe.layers
-    return probe.edit(dose=dose, layers=layers)
+    return probe.edit(dose=dose, layers=layers, tokens=DEMO.tokens)
 
 
 def _print_accuracy(
