@@ -185,7 +185,7 @@ def test_what_is_no_artifact_is_never_written_over(command, tmp_path):
 def test_show_a_probe(probe):
     done = trimtab("show", probe)
     assert done.code == 0, done
-    for told in ("joy", "probe", "norm@all answer[:16]", "as written", "held out", "4 layers"):
+    for told in ("joy", "probe", "resid@all answer[:16]", "as written", "held out", "4 layers"):
         assert told in done.out
     facts = json.loads(trimtab("show", probe, "--json").out)
     assert facts["sha256"] == "as written"
@@ -271,7 +271,7 @@ def test_chat_steers_by_dose_and_off_is_plain_again(model, lm, probe):
     assert plain == again
     assert steered[0] == "joy=0.8"
     assert steered[1] != plain[1]
-    assert "a dose of 0.8 at norm@1:3 all" in done.out
+    assert "a dose of 0.8 at resid@1:3 answer" in done.out
     edit = tt.load(probe).edit(dose=0.8, layers="1:3")
     assert steered[1] == cli.screen.plain(lm.generate("Hello", edits=edit, max_new_tokens=8))
 

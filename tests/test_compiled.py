@@ -1,5 +1,7 @@
 """Compiled decoding gives the eager answer, and a change of edit compiles nothing."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -91,3 +93,29 @@ def test_copies_and_sampling(pair):
     options = dict(temperature=1.0, seed=5, num_return_sequences=3)
     expected = eager.generate_ids(batch(2), None, 6, **options)
     assert compiled.generate_ids(batch(2), None, 6, **options) == expected
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the default compiler needs g++")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_one_row_become_sums(dtype):
+    """The CPU's compiler pass is taken for one row, and gives the numbers that mm gives."""
+    from trimtab import inductor
+
+    class Counting(inductor.ProductsAsSums):
+        left: tuple[int, ...] = ()
+
+        def __call__(self, graph):
+            super().__call__(graph)
+            products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+            self.left = (*self.left, sum(n.target in products for n in graph.nodes))
+
+    counting = Counting()
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 32, bias=False))
+    layers = layers.to(dtype)
+    run = torch.compile(layers, dynamic=False, options={"post_grad_custom_post_pass": counting})
+    with torch.no_grad():
+        for rows in (1, 16):
+            x = torch.randn(rows, 64, dtype=dtype)
+            torch.testing.assert_close(run(x), layers(x))
+    assert counting.left == (0, 2), "control: with many rows the products stay"
+    torch._dynamo.reset()

@@ -1,4 +1,7 @@
-"""Concept probes against independent numpy and scikit-learn, on recordings made by hand."""
+"""Concept probes against independent numpy and scikit-learn, on recordings made by hand.
+
+The solvers beneath them are tested here too: each method is computed a second time in float64.
+"""
 
 import math
 from pathlib import Path
@@ -8,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 
 import model_zoo
 import tokenizers_zoo
 import trimtab as tt
-from trimtab import concepts
+from trimtab import solvers
 from trimtab.errors import ArtifactError, PlaceError
 from trimtab.recording import Chunk, Recording, Track
 
@@ -87,7 +91,7 @@ def test_the_logistic_fit_is_scikit_learns(with_bias, scale):
     random = np.random.default_rng(1)
     y = (random.random(300) < 0.2).astype(float)
     scores = scale * (random.normal(size=(300, 2)) + 0.7 * y[:, None] + np.array([0.0, 2.0]))
-    gain, bias = concepts.logistic_1d(
+    gain, bias = solvers.logistic_1d(
         torch.from_numpy(scores), torch.from_numpy(2 * y - 1), with_bias=with_bias
     )
     for i in range(2):
@@ -101,7 +105,7 @@ def test_the_logistic_fit_is_scikit_learns(with_bias, scale):
 
 def test_the_logistic_fit_of_separable_scores_is_finite():
     s = torch.tensor([[-3.0], [-2.0], [2.0], [3.0]])
-    gain, bias = concepts.logistic_1d(s, torch.tensor([-1.0, -1, 1, 1]), with_bias=True)
+    gain, bias = solvers.logistic_1d(s, torch.tensor([-1.0, -1, 1, 1]), with_bias=True)
     sk = LogisticRegression(C=1, tol=1e-9, solver="newton-cholesky")
     sk.fit(s.numpy(), [0, 0, 1, 1])
     np.testing.assert_allclose([float(gain), float(bias)], [sk.coef_[0, 0], 0.0], atol=1e-5)
@@ -112,21 +116,61 @@ def test_chunks_of_unequal_size_weigh_by_their_tokens():
     zeros, one = torch.zeros(1024, 1, D), torch.ones(1, 1, D)
     chunks = [Chunk((0,), (1024,), zeros), Chunk((1,), (1,), one)]
     rec = Recording({tt.Place("resid", 0): Track((0,), chunks)})
-    sums = concepts._Chunks(rec, torch.tensor([-1.0, 1.0]), torch.tensor([True, True]))
-    np.testing.assert_allclose(sums.mean().numpy(), np.full((1, D), 1 / 1025), rtol=1e-12)
+    probe = tt.concepts.fit_recording(rec, [0, 1])
+    np.testing.assert_allclose(probe.mean.numpy(), np.full((1, D), 1 / 1025), rtol=1e-5)
     naive = torch.stack([c.values.mean(0) for c in chunks]).mean(0)
     assert float(naive[0, 0]) == 0.5  # the control
 
 
+FITTED = ("weight", "gain", "bias", "accuracy", "heldout_accuracy", "heldout_auroc")
+
+
 @pytest.mark.parametrize("normalize", [True, False])
-def test_chunked_is_unchunked(normalize):
-    rows, labels = made(60, most=200)  # more tokens than one piece
-    options = {"normalize": normalize, "held_out": 0.25}
+@pytest.mark.parametrize("method", tt.concepts.METHODS)
+def test_chunked_is_unchunked(method, normalize):
+    rows, labels = made(60)
+    options = {"method": method, "normalize": normalize, "held_out": 0.25}
     whole = tt.concepts.fit_recording(recorded(rows), labels, **options)
     parts = tt.concepts.fit_recording(recorded(rows, 13), labels, **options)
-    for name in ("weight", "gain", "bias", "accuracy", "heldout_accuracy"):
-        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-5, atol=1e-6)
-    assert len(list(concepts._pieces(next(recorded(rows).chunks())))) > 1
+    for name in FITTED:
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("method", tt.concepts.METHODS)
+def test_streaming_is_in_memory(monkeypatch, tmp_path, method, normalize):
+    rows, labels = made(60)
+    options = {"method": method, "normalize": normalize, "held_out": 0.25}
+    held = tt.concepts.fit_recording(recorded(rows), labels, **options)
+    recorded(rows, 4).save(tmp_path / "rec")
+    reads = []
+    read = solvers.Tokens._read
+    monkeypatch.setattr(solvers.Tokens, "_read", lambda own: reads.append(1) or read(own))
+    rec = Recording.load(tmp_path / "rec")
+    tt.concepts.fit_recording(rec, labels, **options)
+    assert len(reads) == L  # each layer once
+    monkeypatch.setattr(solvers, "IN_MEMORY", 100)
+    monkeypatch.setattr(solvers, "BLOCK", 16)
+    reads.clear()
+    streamed = tt.concepts.fit_recording(rec, labels, **options)
+    assert len(reads) > L  # the control: these tokens were really read again
+    cosine = torch.nn.functional.cosine_similarity(streamed.weight, held.weight, dim=-1)
+    assert float(cosine.min()) > 0.9998
+    for name in FITTED:
+        near = (
+            {"rtol": 1e-4, "atol": 1e-5} if method != "logistic" else {"rtol": 0.05, "atol": 0.05}
+        )
+        torch.testing.assert_close(getattr(streamed, name), getattr(held, name), **near)
+
+
+@pytest.mark.parametrize("method", tt.concepts.METHODS)
+def test_a_second_run_is_equal(method):
+    rows, labels = made(50)
+    options = {"method": method, "held_out": 0.2, "seed": 4}
+    one, two = (tt.concepts.fit_recording(recorded(rows, 3), labels, **options) for _ in range(2))
+    assert all(torch.equal(getattr(one, name), getattr(two, name)) for name in FITTED)
+    other = tt.concepts.fit_recording(recorded(rows, 3), labels, **{**options, "seed": 5})
+    assert not torch.equal(other.weight, one.weight)  # the control: another split
 
 
 def test_accuracy_is_per_token_then_per_row_then_over_rows():
@@ -172,6 +216,217 @@ def test_labels_on_any_scale(low, high):
     probe = tt.concepts.fit_recording(recorded(rows), given)
     wanted = tt.concepts.fit_recording(recorded(rows), torch.tensor(labels))
     assert torch.equal(probe.weight, wanted.weight) and torch.equal(probe.gain, wanted.gain)
+
+
+# ---- logistic ------------------------------------------------------------------------------------
+
+
+def tokens_of(rows, labels, normalize):
+    """Tokens and labels in float64 numpy, normalised by hand."""
+    x = np.concatenate([r.double().numpy() for r in rows])
+    y = np.concatenate([np.full(len(r), label) for r, label in zip(rows, labels, strict=True)])
+    if normalize:
+        x = x - x.mean(0)
+        x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    return x, y
+
+
+def cosine(a, b):
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+def optimum(x, y, l2, bias, **options):
+    """scikit-learn's weights and bias, and its accuracy on tokens, for each layer."""
+    fits = [
+        LogisticRegression(
+            C=1 / l2, fit_intercept=bias, tol=1e-10, max_iter=5000, solver="newton-cholesky"
+        ).fit(x[:, i], y, **options)
+        for i in range(x.shape[1])
+    ]
+    weight = np.concatenate([f.coef_ for f in fits])
+    return weight, np.array([np.ravel(f.intercept_)[0] for f in fits]), fits
+
+
+@pytest.mark.parametrize("l2", [0.05, 1.0, 30.0])
+@pytest.mark.parametrize("offset", [0.0, 40.0])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_logistic_probe_is_scikit_learns(normalize, offset, l2):
+    rows, labels = made(80, signal=0.6, offset=offset)
+    rec = recorded(rows, 3)
+    probe = tt.concepts.fit_recording(rec, labels, "logistic", normalize, l2=l2)
+    x, y = tokens_of(rows, labels, normalize)
+    weight, bias, fits = optimum(x, y, l2, bias=not normalize)
+    assert cosine(probe.weight, weight).min() > 0.9998
+    distance = np.linalg.norm(probe.weight.numpy() - weight, axis=-1)
+    assert (distance <= 0.02 * np.linalg.norm(weight, axis=-1)).all()
+    centre = 0 if normalize else x.mean(0)
+    mine = np.einsum("ld,ld->l", probe.weight.numpy(), np.broadcast_to(centre, weight.shape))
+    theirs = np.einsum("ld,ld->l", weight, np.broadcast_to(centre, weight.shape))
+    np.testing.assert_allclose(probe.bias.numpy() + mine, bias + theirs, atol=0.03)
+    assert torch.equal(probe.gain, torch.ones(L))
+    assert not normalize or torch.equal(probe.bias, torch.zeros(L))
+    for i, fit in enumerate(fits):
+        assert (
+            abs(((probe_margin(probe, rows)[:, i] > 0) == y).mean() - fit.score(x[:, i], y)) < 0.01
+        )
+    wrong, _, _ = optimum(x, y, l2 * 30, bias=not normalize)  # the control: another penalty
+    assert (np.linalg.norm(probe.weight.numpy() - wrong, axis=-1) > 0.02).all()
+
+
+def probe_margin(probe, rows):
+    return probe._margin(torch.cat(rows)).numpy()
+
+
+def test_the_bias_matters_where_tokens_are_not_centred():
+    """One in four rows is positive: a fit without a bias puts the threshold elsewhere."""
+    rows, labels = made(80, signal=0.6)
+    probe = tt.concepts.fit_recording(recorded(rows), labels, "logistic", normalize=False)
+    x, y = tokens_of(rows, labels, normalize=False)
+    without, _, _ = optimum(x, y, 1.0, bias=False)
+    assert cosine(probe.weight, without).min() < 0.99  # the control
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_badly_scaled_tokens(scale, caplog):
+    """Activations of a residual stream: a few coordinates are a thousand times the others."""
+    rows, labels = made(120, signal=0.5)
+    size = torch.tensor([scale, 1.0, 1.0, 30.0, 1.0, 1.0, 0.1, 1.0])
+    rows = [r * size for r in rows]
+    probe = tt.concepts.fit_recording(recorded(rows), labels, "logistic", normalize=False)
+    x, y = tokens_of(rows, labels, normalize=False)
+    weight, _, _ = optimum(x, y, 1.0, bias=True)
+    assert cosine(probe.weight, weight).min() > 0.9995
+    assert not caplog.records
+
+
+def test_more_directions_than_the_subspace_holds(monkeypatch, caplog):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(400, 1, 60)) * np.logspace(0, 2, 60)
+    y = (x[:, 0] @ (random.normal(size=60) / np.logspace(0, 2, 60)) > 0.3).astype(float)
+    rows = list(torch.from_numpy(x).float()[:, None])
+    weight, _, _ = optimum(torch.cat(rows).double().numpy(), y, 1.0, bias=True)
+    monkeypatch.setattr(solvers, "DIRECTIONS", 24)
+    probe = tt.concepts.fit_recording(
+        recorded(rows, place="resid@1"), y, "logistic", normalize=False
+    )
+    assert cosine(probe.weight, weight).min() > 0.9995
+    assert not caplog.records
+    monkeypatch.setattr(solvers, "ROUNDS", 3)
+    early = tt.concepts.fit_recording(
+        recorded(rows, place="resid@1"), y, "logistic", normalize=False
+    )
+    assert cosine(early.weight, weight).min() < 0.99  # the control
+    assert "1 of 1 logistic fits had not settled after 3 rounds" in caplog.text
+
+
+def test_separable_and_silent_layers():
+    """Classes far apart, and a layer that is always the same: finite, and the latter is zero."""
+    rows, labels = made(40, signal=50.0)
+    for row in rows:
+        row[:, 1] = 2.0
+    for method in tt.concepts.METHODS:
+        for normalize in (True, False):
+            probe = tt.concepts.fit_recording(recorded(rows), labels, method, normalize)
+            assert all(bool(torch.isfinite(getattr(probe, n)).all()) for n in FITTED[:4])
+            assert float(probe.accuracy[[0, 2]].min()) > 0.95
+    weight, _, _ = optimum(*tokens_of(rows, labels, False), 1.0, bias=True)
+    probe = tt.concepts.fit_recording(recorded(rows), labels, "logistic", normalize=False)
+    assert cosine(probe.weight[[0, 2]], weight[[0, 2]]).min() > 0.9995
+    assert float(probe.weight[1].norm()) < 1e-12
+
+
+def test_graded_labels_are_probabilities():
+    """Soft targets: each token once as a positive and once as a negative, by its share."""
+    rows, _ = made(40)
+    grades = np.linspace(1, 5, 40)
+    probe = tt.concepts.fit_recording(recorded(rows), grades, "logistic", normalize=False)
+    x, g = tokens_of(rows, (grades - 1) / 4, normalize=False)
+    twice, y = np.concatenate([x, x]), np.repeat([1.0, 0.0], len(x))
+    weight, _, _ = optimum(twice, y, 1.0, bias=True, sample_weight=np.concatenate([g, 1 - g]))
+    assert cosine(probe.weight, weight).min() > 0.9998
+    hard, _, _ = optimum(x, (g > 0.5).astype(float), 1.0, bias=True)
+    assert cosine(probe.weight, hard).min() < 0.999  # the control
+
+
+# ---- pca -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunks", [1, 5])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_pca_probe_is_the_definition(normalize, chunks):
+    rows, labels = made(61, signal=3.0)
+    probe = tt.concepts.fit_recording(recorded(rows, chunks), labels, "pca", normalize, seed=3)
+    x, y = tokens_of(rows, labels, normalize)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(3)).numpy()
+    pairs = order[: len(x) // 2 * 2].reshape(-1, 2)
+    signs = np.random.default_rng(9).choice([-1.0, 1.0], size=(len(pairs), 1, 1))  # any will do
+    differences = signs * (x[pairs[:, 0]] - x[pairs[:, 1]])
+    for i in range(L):
+        _, vectors = np.linalg.eigh(differences[:, i].T @ differences[:, i])
+        first = vectors[:, -1] * np.sign(
+            vectors[:, -1] @ (x[y == 1, i].mean(0) - x[y == 0, i].mean(0))
+        )
+        np.testing.assert_allclose(probe.weight[i].numpy(), first, atol=1e-5)
+        scores = (x[:, i] @ first)[:, None]
+        sk = LogisticRegression(C=1, tol=1e-10, solver="newton-cholesky").fit(scores, y)
+        np.testing.assert_allclose(float(probe.gain[i]), sk.coef_[0, 0], rtol=1e-4)
+        np.testing.assert_allclose(float(probe.bias[i]), sk.intercept_[0], rtol=1e-3, atol=1e-4)
+    other = tt.concepts.fit_recording(recorded(rows, chunks), labels, "pca", normalize, seed=4)
+    assert float((other.weight - probe.weight).abs().max()) > 1e-4  # the control: other pairs
+
+
+@pytest.mark.parametrize("flip", [1, -1])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("method", tt.concepts.METHODS)
+def test_every_method_points_at_the_positives(method, normalize, flip):
+    rows, labels = made(60, signal=3.0)
+    labels = labels if flip == 1 else 1 - labels
+    rec = recorded(rows)
+    for seed in range(4):  # a principal component alone would turn with the start
+        probe = tt.concepts.fit_recording(rec, labels, method, normalize, seed=seed)
+        assert bool((probe.gain > 0).all())
+        p = probe.predict(rec)
+        assert bool((p[labels == 1].mean(0) > p[labels == 0].mean(0)).all())
+        x, y = tokens_of(rows, labels, normalize=False)
+        gap = x[y == 1].mean(0) - x[y == 0].mean(0)
+        assert ((probe.weight.numpy() * gap).sum(-1) > 0).all()
+
+
+# ---- AUROC ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_auroc_is_scikit_learns(levels):
+    random = np.random.default_rng(levels)
+    scores = random.integers(0, levels, size=(57, 4)) / levels  # few levels: many ties
+    positive = random.random(57) < 0.3
+    found = solvers.auroc(torch.from_numpy(scores), torch.from_numpy(positive))
+    wanted = [roc_auc_score(positive, scores[:, i]) for i in range(4)]
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-12)
+    ranks = scores.argsort(0).argsort(0) + 1.0  # the control: ties in the order they came
+    n = positive.sum()
+    naive = (ranks[positive].sum(0) - n * (n + 1) / 2) / (n * (57 - n))
+    assert (levels > 3) or np.abs(naive - wanted).max() > 1e-3
+    assert bool(torch.isnan(solvers.auroc(torch.rand(5, 2), torch.ones(5) > 0)).all())
+
+
+@pytest.mark.parametrize("method", tt.concepts.METHODS)
+def test_heldout_auroc_ranks_rows_by_predict(method):
+    rows, labels = made(80, signal=0.4)
+    rec = recorded(rows, 3)
+    probe = tt.concepts.fit_recording(rec, labels, method, held_out=0.4, seed=2)
+    aside = ~tt.concepts.split(range(80), None, 0.4, 2).numpy()
+    p = probe.predict(rec).numpy()
+    wanted = [roc_auc_score(labels[aside], p[aside, i]) for i in range(L)]
+    np.testing.assert_allclose(probe.heldout_auroc, wanted, atol=1e-6)
+    trained = [roc_auc_score(labels[~aside], p[~aside, i]) for i in range(L)]
+    assert np.abs(np.array(trained) - wanted).max() > 1e-3  # the control
+    nothing = tt.concepts.fit_recording(rec, labels, method)
+    assert bool(torch.isnan(nothing.heldout_auroc).all())
+
+
+# ---- labels --------------------------------------------------------------------------------------
 
 
 def test_graded_labels_are_a_covariance():
@@ -243,8 +498,11 @@ def test_labels_that_do_not_fit(labels, told):
 def test_options_that_do_not_fit():
     rows, labels = made(8)
     rec = recorded(rows)
-    with pytest.raises(ValueError, match=r"method is one of mean.*not 'magic'"):
+    with pytest.raises(ValueError, match=r"method is one of mean, logistic, pca, not 'magic'"):
         tt.concepts.fit_recording(rec, labels, method="magic")
+    for penalty in (0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=r"l2 is a positive number, not .*1.0 is the paper's"):
+            tt.concepts.fit_recording(rec, labels, method="logistic", l2=penalty)
     for share in (-0.1, 1, 1.5, math.nan):
         with pytest.raises(ValueError, match=r"held_out is a fraction in \[0, 1\)"):
             tt.concepts.fit_recording(rec, labels, held_out=share)
@@ -402,13 +660,27 @@ def test_save_and_load(tmp_path, form, normalize):
     probe = tied(fitted(normalize=normalize))
     probe.save(form(tmp_path / "joy"))
     back = tt.load(form(tmp_path / "joy"))
-    for name in ("weight", "gain", "bias", "mean", "accuracy"):
+    for name in (*FITTED, "mean"):
         one, other = getattr(probe, name), getattr(back, name)
-        assert (one is other is None) or torch.equal(one, other)
+        assert (one is other is None) or torch.equal(one.nan_to_num(7), other.nan_to_num(7))
     assert (back.place, back.layers, back.meta.name) == (probe.place, probe.layers, "joy")
     assert back.meta.model == MODEL and probe.meta.made_by.items() <= back.meta.made_by.items()
     assert len(back.meta.scores["accuracy"]) == L
     assert torch.equal(back.edit().delta, probe.edit().delta)
+
+
+def test_a_probe_from_before_there_was_an_auroc(tmp_path):
+    from trimtab.artifact import Meta, Parts, save
+
+    probe = fitted(held_out=0.3)
+    assert bool(torch.isfinite(probe.heldout_auroc).all())
+    older = {n: getattr(probe, n) for n in FITTED[:-1]}
+    save(tmp_path / "p", Parts("probe", Meta(), "resid@1:4 all", {"layers": [1, 2, 3]}, older))
+    back = tt.load(tmp_path / "p")
+    assert bool(torch.isnan(back.heldout_auroc).all()) and torch.equal(back.weight, probe.weight)
+    probe.save(tmp_path / "q")  # the control: today's keep it
+    assert torch.equal(tt.load(tmp_path / "q").heldout_auroc, probe.heldout_auroc)
+    assert len(tt.load(tmp_path / "q").meta.scores["heldout_auroc"]) == L
 
 
 def release(tmp_path, **tensors):

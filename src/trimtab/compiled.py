@@ -31,6 +31,8 @@ class Compiled:
         self.lm = lm
         self.slots: list[Slots] = []
         self.caches: dict[tuple[int, int], StaticCache] = {}
+        if lm.device.type == "cpu" and options.keys() <= {"options"}:
+            options = {"options": {**_cpu_options(), **options.get("options", {})}}
         self.step = torch.compile(self._step, fullgraph=True, dynamic=False, **options)
 
     def engine(self, call: Call) -> "Static | Eager":
@@ -137,6 +139,12 @@ class Static:
                 relative=edit.relative,
                 keep_norm=edit.keep_norm,
             )
+
+
+def _cpu_options() -> dict[str, Any]:
+    from trimtab.inductor import ProductsAsSums  # imports the compiler, which takes a while
+
+    return {"post_grad_custom_post_pass": ProductsAsSums()}
 
 
 def fits(call: Call) -> bool:

@@ -25,10 +25,21 @@ from trimtab.edits import Add, Readout
 from trimtab.errors import ArtifactError, PlaceError
 from trimtab.lm import LM
 from trimtab.place import LayerSpec, Place, TokenSpec
-from trimtab.recording import Chunk, Recording
+from trimtab.recording import Recording
+from trimtab.solvers import (
+    Tokens,
+    auroc,
+    first_component,
+    in_groups,
+    logistic,
+    logistic_1d,
+    token_rows,
+)
 
-Method = Literal["mean"]
-METHODS = ("mean",)
+Method = Literal["mean", "logistic", "pca"]
+METHODS = ("mean", "logistic", "pca")
+SCORES = ("accuracy", "heldout_accuracy", "heldout_auroc")
+PARTS = ("weight", "gain", "bias", *SCORES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +49,8 @@ class Probe:
     ``weight`` [L, D], ``gain`` and ``bias`` [L]: the probability of the concept at a token x is
     ``sigmoid(gain (x.weight) + bias)``; with ``mean`` [L, D] the token is first centred and brought
     to unit length. ``accuracy`` and ``heldout_accuracy`` [L]: the fraction of tokens read right,
-    averaged per row, then over rows (NaN where nothing was held out).
+    averaged per row, then over rows. ``heldout_auroc`` [L]: how often ``predict`` ranks a held-out
+    positive row above a negative one. NaN where nothing was held out.
     """
 
     place: Place
@@ -49,6 +61,7 @@ class Probe:
     mean: Tensor | None
     accuracy: Tensor
     heldout_accuracy: Tensor
+    heldout_auroc: Tensor
     meta: Meta = field(default_factory=Meta)
 
     def __repr__(self) -> str:
@@ -66,8 +79,7 @@ class Probe:
         """The probe at some of its layers."""
         chosen = self._indices(layers)
         where = self._where(chosen)
-        parts = ("weight", "gain", "bias", "accuracy", "heldout_accuracy")
-        narrowed: dict[str, Any] = {name: getattr(self, name)[where] for name in parts}
+        narrowed: dict[str, Any] = {name: getattr(self, name)[where] for name in PARTS}
         mean = None if self.mean is None else self.mean[where]
         place = self.place.at(layers=chosen)
         return replace(self, place=place, layers=chosen, mean=mean, **narrowed)
@@ -128,9 +140,10 @@ class Probe:
 
     def save(self, path: str | Path) -> None:
         """Write the probe as an artifact folder (see ``tt.load``)."""
-        names = ("weight", "gain", "bias", "accuracy", "heldout_accuracy", "mean")
-        tensors = {n: t for n in names if (t := getattr(self, n)) is not None}
-        scores = {"accuracy": json_list(self.accuracy)} | dict(self.meta.scores)
+        tensors = {n: t for n in (*PARTS, "mean") if (t := getattr(self, n)) is not None}
+        shown = [n for n in SCORES if bool(torch.isfinite(getattr(self, n)).any())]
+        scores = {n: json_list(getattr(self, n)) for n in ("accuracy", *shown)}
+        scores |= dict(self.meta.scores)
         meta = replace(self.meta, scores=scores)
         save(path, Parts("probe", meta, str(self.place), {"layers": list(self.layers)}, tensors))
 
@@ -186,6 +199,7 @@ def fit(
     method: Method = "mean",
     *,
     normalize: bool = True,
+    l2: float = 1.0,
     held_out: float = 0.2,
     seed: int = 0,
     name: str | None = None,
@@ -204,17 +218,19 @@ def fit(
             "read them with tt.data.read, or record and call fit_recording(recording, labels)"
         )
     labels = [float(e.label) for e in examples]
-    _signed(labels, len(labels))  # raises before the work of recording
+    _signed(labels, len(labels))  # these two raise before the work of recording
+    _check_options(method, l2)
     recording = lm.record(examples, place, batch_size=batch_size, show_progress=show_progress)
-    groups = [e.prompt for e in examples]
     probe = fit_recording(
         recording,
         labels,
         method=method,
         normalize=normalize,
+        l2=l2,
         held_out=held_out,
-        groups=groups,
+        groups=[e.prompt for e in examples],
         seed=seed,
+        device=lm.device if lm.device.type == "cuda" else "cpu",
     )
     made_by = probe.meta.made_by | {"examples": len(examples)}
     return replace(probe, meta=Meta(name, lm.describe(), made_by, probe.meta.scores))
@@ -226,21 +242,29 @@ def fit_recording(
     method: Method = "mean",
     normalize: bool = True,
     *,
+    l2: float = 1.0,
     held_out: float = 0.0,
     groups: Sequence[Any] | None = None,
     seed: int = 0,
+    device: str | torch.device | None = None,
 ) -> Probe:
     """Fit one probe per layer on a recording; all tokens of a row carry its label.
 
     ``method`` "mean": the difference of the class means, brought to unit length (for graded labels,
-    the covariance with the label, which is the same direction for two classes). ``normalize``:
-    tokens are centred and brought to unit length first. A 1-d logistic fit (L2 penalty 1) on the
-    projections gives ``gain``, and ``bias`` where tokens are not centred. Rows of one group (by
-    default each its own) lie on one side of the split; rows without a token teach nothing. Raises
-    PlaceError for labels that do not fit.
+    the covariance with the label, which is the same direction for two classes). "logistic":
+    the weights of a logistic regression with L2 penalty ``l2`` (scikit-learn's with C = 1/l2;
+    graded labels are probabilities between the lowest and the highest). "pca": the first principal
+    component of differences of random pairs of tokens, turned so that positives score higher.
+
+    ``normalize``: tokens are centred and brought to unit length first. For "mean" and "pca" a 1-d
+    logistic fit (penalty ``l2``) on the projections gives ``gain`` and ``bias``. Like the paper's,
+    the fits "mean" and "logistic" have a bias only where tokens are not centred; "pca" always has.
+
+    Rows of one group (by default each its own) lie on one side of the split; rows without a token
+    teach nothing. Sums run on ``device`` (default: where the recording lies); what is larger than
+    memory is read again for each pass. Raises PlaceError for labels that do not fit.
     """
-    if method not in METHODS:
-        raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
+    _check_options(method, l2)
     y = _signed(labels, len(recording))
     listed = list(range(len(y)) if groups is None else groups)
     if len(listed) != len(y):
@@ -253,25 +277,27 @@ def fit_recording(
             f"the training rows hold one class only ({int(keep.sum())} of {len(y)} rows, "
             f"held_out={held_out}); give more examples of both labels"
         )
-    chunks = _Chunks(recording, y, keep)
-    mean = chunks.mean() if normalize else None
-    weight = chunks.covariance(mean)
-    weight = weight / torch.linalg.vector_norm(weight, dim=-1, keepdim=True).clamp_min(1e-30)
-    scores, rows = chunks.project(weight, mean)
-    gain, bias = logistic_1d(scores[keep[rows]], y[rows][keep[rows]], with_bias=not normalize)
-    right = ((scores * gain + bias > 0) == (y[rows] > 0)[:, None]).double()
-    accuracy = _by_row(right, rows, keep)
+    task = _Task(y, keep, token_rows(recording), method, normalize, l2, seed)
+    fits = [
+        task.fit(tokens) for tokens in in_groups(recording, task.use, unit=normalize, device=device)
+    ]
+    weight, gain, bias, mean = (torch.cat([f[i] for f in fits]).float() for i in range(4))
+    margins = torch.cat([f[4] for f in fits], 1)  # [N, L]
+    right = ((margins > 0) == (y[task.rows] > 0)[:, None]).double()
+    ranked = _row_means(torch.sigmoid(margins), task.rows, len(y))[aside]
+    right = _row_means(right, task.rows, len(y))
     made_by = {"method": method, "normalize": normalize, "seed": seed, "rows": len(y)}
     return Probe(
         recording.place,
         recording.layers,
-        weight.float(),
-        gain.float(),
-        bias.float(),
-        None if mean is None else mean.float(),
-        accuracy.float(),
-        _by_row(right, rows, aside).float(),
-        Meta(None, recording.meta.get("model"), made_by),
+        weight,
+        gain,
+        bias,
+        mean if normalize else None,
+        right[keep].mean(0).float(),
+        right[aside].mean(0).float(),
+        auroc(ranked, y[aside] > 0).float(),
+        Meta(None, recording.meta.get("model"), made_by | {"l2": l2}),
     )
 
 
@@ -285,90 +311,75 @@ def split(groups: Sequence[Any], labels: Tensor, held_out: float, seed: int) -> 
     return torch.tensor([g not in aside for g in groups])
 
 
-def logistic_1d(
-    scores: Tensor, labels: Tensor, *, with_bias: bool, l2: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Logistic fits of labels [N] on scores [N, L], one per column, by Newton's method in float64.
+@dataclass(frozen=True)
+class _Task:
+    """What is to be learnt, and how: the same for every group of layers."""
 
-    Minimises sum log(1 + exp(-y (g s + b))) + l2/2 g^2. Returns gain and bias, [L] each.
-    """
-    s, y = scores.double(), (labels > 0).double()[:, None]
-    scale = s.std(0).clamp_min(1e-12)  # columns of similar size make the steps well conditioned
-    s = s / scale
-    gain, bias = (torch.zeros(s.shape[1], dtype=torch.float64) for _ in range(2))
-    for _ in range(100):
-        p = torch.sigmoid(s * gain + bias)
-        curve = p * (1 - p)
-        g1 = ((p - y) * s).sum(0) + l2 * gain / scale**2
-        h11 = (curve * s * s).sum(0) + l2 / scale**2
-        if not with_bias:
-            step1, step2 = g1 / h11, torch.zeros_like(bias)
+    labels: Tensor  # [B], in [-1, 1]
+    keep: Tensor  # [B] bool: the training rows
+    rows: Tensor  # [N]: the row of each token, in the order of the chunks
+    method: Method
+    normalize: bool
+    l2: float
+    seed: int
+
+    @property
+    def use(self) -> Tensor:
+        """1 for training tokens, 0 for others, [N]."""
+        return self.keep[self.rows].double()
+
+    def fit(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Weight [l, D], gain [l], bias [l], mean [l, D] and all tokens' logits [N, l]."""
+        gain, mean = torch.ones(tokens.layers, dtype=torch.float64), tokens.mean.cpu()
+        if self.method == "logistic":
+            weight, bias = self._logistic(tokens)
         else:
-            g2, h12, h22 = (p - y).sum(0), (curve * s).sum(0), curve.sum(0) + 1e-12
-            det = (h11 * h22 - h12 * h12).clamp_min(1e-30)
-            step1, step2 = (h22 * g1 - h12 * g2) / det, (h11 * g2 - h12 * g1) / det
-        size = torch.maximum(step1.abs(), step2.abs()).clamp_min(1e-30)
-        damp = (4.0 / size).clamp_max(1.0)  # far from the optimum a full step overshoots
-        gain, bias = gain - damp * step1, bias - damp * step2
-        if float(size.max()) < 1e-10:
-            break
-    return gain / scale, bias
+            weight = self._pca(tokens) if self.method == "pca" else self._mean(tokens)
+        scores, weight = tokens.times(weight).double().cpu().T, weight.cpu()  # [N, l]
+        if self.method != "logistic":
+            train, y = self.use > 0, self.labels[self.rows]
+            with_bias = self.method == "pca" or not self.normalize
+            gain, bias = logistic_1d(scores[train], y[train], with_bias=with_bias, l2=self.l2)
+        margins = scores * gain + bias
+        if not self.normalize:  # the tokens were centred here, but are not where the probe reads
+            bias = bias - gain * (weight * mean).sum(-1)
+        return weight, gain, bias, mean, margins
+
+    def _mean(self, tokens: Tokens) -> Tensor:
+        """The covariance of tokens with the label, of unit length."""
+        use, y = self.use, self.labels[self.rows]
+        centred = use * (y - (use * y).sum() / use.sum())
+        weight = tokens.transposed(centred.to(tokens.device).expand(tokens.layers, -1))
+        length: Tensor = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
+        return weight / length.clamp_min(1e-30)
+
+    def _logistic(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        targets = (self.labels[self.rows] + 1) / 2
+        weight, bias = logistic(tokens, targets, l2=self.l2, with_bias=not self.normalize)
+        return weight, bias.cpu()
+
+    def _pca(self, tokens: Tokens) -> Tensor:
+        """The first component of differences of random pairs, turned towards the positives.
+
+        The original gives each difference a random sign and then subtracts their mean, which is
+        zero but for chance. The second moment used here does not depend on the signs at all.
+        """
+        random = torch.Generator().manual_seed(self.seed)
+        order = self.rows.argsort(stable=True)  # so that pairs do not depend on the chunks
+        order = order[self.use[order] > 0]
+        order = order[torch.randperm(len(order), generator=random)]
+        pairs = order[: len(order) // 2 * 2].reshape(-1, 2)
+        start = torch.randn(tokens.width, generator=random).expand(tokens.layers, -1)
+        weight = first_component(tokens, pairs, start)
+        sign = (weight * self._mean(tokens)).sum(-1, keepdim=True).sign()
+        return weight * torch.where(sign == 0, 1.0, sign)
 
 
-class _Chunks:
-    """Sums over the training tokens of a recording, in passes over its chunks, in float64."""
-
-    def __init__(self, recording: Recording, labels: Tensor, keep: Tensor) -> None:
-        self.recording, self.labels, self.keep = recording, labels, keep
-
-    def mean(self) -> Tensor:
-        """The mean training token, [L, D]."""
-        return self._sum(lambda x, y: x.sum(0)) / self._count()
-
-    def covariance(self, mean: Tensor | None) -> Tensor:
-        """The covariance of (normalised) tokens with the label, [L, D]."""
-        weights = torch.tensor(self.recording.lengths, dtype=torch.float64)[self.keep]
-        centre = (self.labels[self.keep] * weights).sum() / weights.sum()
-        return self._sum(lambda x, y: torch.einsum("nld,n->ld", _unit(x, mean), y - centre))
-
-    def project(self, weight: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
-        """All tokens' projections [N, L], and the row of each token [N]."""
-        scores, rows = [], []
-        for chunk in self.recording.chunks():
-            for piece, lengths, index in _pieces(chunk):
-                scores.append(torch.einsum("nld,ld->nl", _unit(piece.double(), mean), weight))
-                rows.append(torch.tensor(index).repeat_interleave(torch.tensor(lengths)))
-        return torch.cat(scores), torch.cat(rows)
-
-    def _count(self) -> int:
-        lengths = torch.tensor(self.recording.lengths)
-        return int(lengths[self.keep].sum())
-
-    def _sum(self, term: Any) -> Tensor:
-        total: Tensor | None = None
-        for chunk in self.recording.chunks():
-            for piece, lengths, index in _pieces(chunk):
-                rows = torch.tensor(index).repeat_interleave(torch.tensor(lengths))
-                used = self.keep[rows]
-                value: Tensor = term(piece[used].double(), self.labels[rows][used])
-                total = value if total is None else total + value
-        assert total is not None
-        return total
-
-
-def _pieces(chunk: Chunk, tokens: int = 2048) -> Iterable[tuple[Tensor, list[int], list[int]]]:
-    """Whole rows of a chunk, some thousand tokens at a time: float64 copies stay small."""
-    start = first = size = 0
-    for i, length in enumerate(chunk.lengths):
-        size += length
-        if size >= tokens or i + 1 == len(chunk.lengths):
-            part = slice(first, i + 1)
-            yield (
-                chunk.values[start : start + size],
-                list(chunk.lengths[part]),
-                list(chunk.index[part]),
-            )
-            start, first, size = start + size, i + 1, 0
+def _check_options(method: str, l2: float) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
+    if not 0 < l2 < float("inf"):
+        raise ValueError(f"l2 is a positive number, not {l2!r}; 1.0 is the paper's")
 
 
 def _unit(x: Tensor, mean: Tensor | None) -> Tensor:
@@ -399,16 +410,16 @@ def _signed(labels: Sequence[float] | Tensor, n_rows: int) -> Tensor:
     return 2 * (y - low) / (high - low) - 1
 
 
-def _by_row(right: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
-    """Token hits [N, L] averaged per row, then over the kept rows: [L]; NaN if there are none."""
-    sums = torch.zeros(len(keep), right.shape[1], dtype=torch.float64).index_add_(0, rows, right)
-    counts = torch.bincount(rows, minlength=len(keep)).clamp_min(1)[:, None]
-    return (sums / counts)[keep].mean(0)
+def _row_means(values: Tensor, rows: Tensor, n_rows: int) -> Tensor:
+    """Tokens' values [N, L] averaged per row, [B, L]."""
+    sums = torch.zeros(n_rows, values.shape[1], dtype=torch.float64).index_add_(0, rows, values)
+    return sums / torch.bincount(rows, minlength=n_rows).clamp_min(1)[:, None]
 
 
 def _load(parts: Parts) -> Probe:
-    t = parts.tensors
-    needed = ("weight", "gain", "bias", "accuracy", "heldout_accuracy")
+    t, needed = dict(parts.tensors), PARTS
+    if "accuracy" in t:  # written before there was an AUROC
+        t.setdefault("heldout_auroc", torch.full_like(t["accuracy"], float("nan")))
     if parts.place is None or any(n not in t for n in needed):
         raise ArtifactError(f"this probe lacks some of {', '.join(needed)}; fetch a fresh copy")
     values: dict[str, Any] = {name: t[name] for name in needed} | {"mean": t.get("mean")}
@@ -439,7 +450,8 @@ def _read_release(tensors: dict[str, Tensor], file: Path) -> Probe | None:
     nothing = torch.full((n,), float("nan"))
     meta = Meta(file.stem, None, {"method": "concept-guidance release", "file": file.name})
     place = Place("norm", range(n))
-    return Probe(place, tuple(range(n)), weight, gain, bias, None, nothing, nothing, meta)
+    layers = tuple(range(n))
+    return Probe(place, layers, weight, gain, bias, None, nothing, nothing, nothing, meta)
 
 
 register("probe", _load)

@@ -380,8 +380,8 @@ class Taps:
     def _visitor(self, key: Key, module: nn.Module) -> Callable[[Key, Tensor], Tensor] | None:
         """What is to be done at a tap in this pass, if anything."""
         call = self.call
-        if call is None:
-            return None if self.slots is None else self.slots.visit
+        if call is None:  # slots are for the graph that is being traced, not for other threads
+            return self.slots.visit if self.slots and torch.compiler.is_compiling() else None
         if key not in call.keys or call.thread not in (None, threading.get_ident()):
             return None
         # A copied model brings these hooks along: they must not act on its passes.
