@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "trimtab"
 
 FLOORS = [
-    {"errors", "place", "edits", "merge", "recording", "artifact", "solvers"},
+    {"errors", "place", "edits", "merge", "recording", "artifact", "solvers", "inductor"},
     {"anatomy", "taps"},
     {"chat", "models", "lm", "decode", "harvest", "compiled"},
     {"concepts", "selfcontrol", "prefix", "latentqa"},

@@ -209,7 +209,8 @@ def fit(
     """Learn a concept from examples with ``prompt``, ``completion`` and ``label``.
 
     Records the examples at ``place`` and fits one probe per layer. A fraction ``held_out`` of the
-    *prompts* is kept aside for ``heldout_accuracy``. See ``fit_recording`` for the rest.
+    *prompts* is kept aside for ``heldout_accuracy`` and ``heldout_auroc``. For the rest see
+    ``fit_recording``.
     """
     examples = list(examples)
     if wrong := [e for e in examples if not hasattr(e, "label") or not hasattr(e, "prompt")]:
@@ -255,6 +256,8 @@ def fit_recording(
     the weights of a logistic regression with L2 penalty ``l2`` (scikit-learn's with C = 1/l2;
     graded labels are probabilities between the lowest and the highest). "pca": the first principal
     component of differences of random pairs of tokens, turned so that positives score higher.
+    Unlike the paper's code, "logistic" does subtract the mean where it normalises, and "pca" takes
+    the second moment of the differences, for which their random signs do not matter.
 
     ``normalize``: tokens are centred and brought to unit length first. For "mean" and "pca" a 1-d
     logistic fit (penalty ``l2``) on the projections gives ``gain`` and ``bias``. Like the paper's,

@@ -150,7 +150,8 @@ def logistic(
     Every round adds the gradient to a subspace and takes one Newton step of the regression inside
     it (sequential subspace optimisation, Narkiss & Zibulevsky 2005). A round costs two passes over
     the tokens. A layer is done when |gradient| <= ``tolerance`` l2 |w|: since the loss is
-    l2-strongly convex, w is then within ``tolerance`` |w| of the optimum, usually far closer.
+    l2-strongly convex, w is then within ``tolerance`` |w| of the optimum, usually far closer. It
+    is done as well when it moves no more, as float32 allows where activations are very large.
     """
     inside = _Subspace(tokens, targets, l2, int(with_bias))
     still = torch.zeros(tokens.layers, device=tokens.device)
@@ -185,7 +186,9 @@ class _Subspace:
     def __init__(self, tokens: Tokens, targets: Tensor, l2: float, first: int) -> None:
         self.tokens, self.first, self.size = tokens, first, first
         self.targets = targets.to(tokens.device, torch.float64)
-        layers, room, where = tokens.layers, DIRECTIONS + first, tokens.device
+        layers, where = tokens.layers, tokens.device
+        affordable = IN_MEMORY // (4 * layers * len(targets))
+        room = first + min(DIRECTIONS, max(NEWEST + 8, affordable))
         self.basis = torch.zeros(layers, room, tokens.width, device=where)
         self.columns = torch.ones(layers, room, len(targets), device=where)
         self.u = torch.zeros(layers, room, dtype=torch.float64, device=where)
