@@ -272,7 +272,7 @@ def test_chat_steers_by_dose_and_off_is_plain_again(model, lm, probe):
     assert steered[0] == "joy=0.8"
     assert steered[1] != plain[1]
     assert "a dose of 0.8 at resid@1:3 answer" in done.out
-    edit = tt.load(probe).edit(dose=0.8, layers="1:3")
+    edit = tt.load(probe).edit(dose=0.8, layers="1:3", tokens="answer")
     assert steered[1] == cli.screen.plain(lm.generate("Hello", edits=edit, max_new_tokens=8))
 
 

@@ -120,6 +120,7 @@ def test_products_of_one_row_become_sums(dtype):
     with torch.no_grad():
         for rows in (1, 16):
             x = torch.randn(rows, 64, dtype=dtype)
-            torch.testing.assert_close(run(x), layers(x))
+            close = {} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.01}
+            torch.testing.assert_close(run(x), layers(x), **close)
     assert counting.left == (0, 2), "control: with many rows the products stay"
     torch._dynamo.reset()
