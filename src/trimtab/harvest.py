@@ -185,12 +185,20 @@ def read_sheet(
 
 def fits_trees(lm: "LM", places: Sequence[Place], layers: Sequence[tuple[int, ...]]) -> bool:
     """Whether this model reads the same at the end of a full tree as in a row of its own."""
-    vocabulary = int(lm.embedding.shape[0])
-    ids = [(7 * i + 3) % vocabulary for i in range(TREE_WIDTH)]
-    long = Row(0, tuple(ids[: TREE_WIDTH - 16]), 1, 0, ((0,),) * len(places))
-    end = Row(1, tuple(ids[:8] + ids[-16:]), 1, 0, (tuple(range(8, 24)),) * len(places))
+    top, room = int(lm.embedding.shape[0]) - 1, TREE_WIDTH - 16
+    depth = min(room, lm.context or room)
+    if depth < 24:
+        return False
+    first = max(0, top - room // depth)  # the rows come in this order, the last two sharing 8 ids
+    rows = [
+        Row(i, (first + i, *((7 * j + 3) % top for j in range(depth - 1))), 1, 0, none)
+        for i, none in enumerate([((),) * len(places)] * (room // depth))
+    ]
+    end = Row(
+        len(rows), (*rows[-1].ids[:8], *[top] * 16), 1, 0, (tuple(range(8, 24)),) * len(places)
+    )
     try:
-        tree = list(_trees([long, end], 32))
+        tree = list(_trees([*rows, end], 32))
         found = read_sheet(lm, tree[0], places, layers)
     except Exception:  # a model that takes no 4-d mask says so in its own way
         return False

@@ -21,7 +21,7 @@ from trimtab.compiled import Compiled
 from trimtab.decode import Column, Eager, Engine, Sampling, columns
 from trimtab.edits import Edit, Readout
 from trimtab.errors import ChatError, PlaceError
-from trimtab.harvest import TREE_WIDTH, fits_trees, harvest
+from trimtab.harvest import fits_trees, harvest
 from trimtab.merge import Edits, merge, spread
 from trimtab.place import FOREVER, Place, Selection, Tokens
 from trimtab.recording import Recording
@@ -575,8 +575,7 @@ class LM:
         key = (str(self.model.dtype), self.model.training, tuple(p.site for p in places))
         if key not in self._trees:
             window = getattr(self.text_config, "sliding_window", None)
-            room = self.context is None or self.context >= TREE_WIDTH
-            self._trees[key] = window is None and room and fits_trees(self, places, layers)
+            self._trees[key] = window is None and fits_trees(self, places, layers)
         return self._trees[key]
 
     def score(
