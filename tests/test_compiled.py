@@ -88,6 +88,46 @@ def test_what_does_not_fit_into_slots_runs_as_without(pair):
         assert compiled.generate_ids(batch(1), edit, 8) == eager.generate_ids(batch(1), edit, 8)
 
 
+def test_two_compiled_streams_take_turns(pair):
+    """The fixed buffers belong to one stream; the other runs without, and both are right."""
+    import tokenizers_zoo
+
+    eager, compiled = pair
+    for lm in pair:
+        lm.tokenizer = tokenizers_zoo.byte_tokenizer("chatml")
+    a, b = (tt.Add("resid@1:3", s * unit(2, eager.width)) for s in (3, -3))
+    expected = ["".join(eager.stream("Hello", edits=e, max_new_tokens=8)) for e in (a, b)]
+    found = ["", ""]
+    streams = [compiled.stream("Hello", edits=e, max_new_tokens=8) for e in (a, b)]
+    going = [0, 1]
+    while going:
+        for i in list(going):
+            piece = next(streams[i], None)
+            found[i] += piece or ""
+            if piece is None:
+                going.remove(i)
+    assert found == expected
+    assert found[0] != found[1]
+    assert not compiled._compiled.owner.locked(), "the buffers are free again"
+
+
+def test_a_model_without_static_cache_decodes_uncompiled():
+    lm, plain = (tt.LM(model_zoo.tiny("bloom")) for _ in range(2))
+    lm.compile(backend="aot_eager")
+    edit = tt.Add("resid@1:3", 2 * unit(2, lm.width))
+    assert lm.generate_ids(batch(1), edit, 6) == plain.generate_ids(batch(1), edit, 6)
+    assert lm._compiled.supported() is False
+    assert tt.LM(model_zoo.tiny("llama")).compile()._compiled.supported() is True  # the control
+
+
+def test_many_batch_sizes(pair):
+    eager, compiled = pair
+    for rows in range(1, 11):  # the compiler's own limit is 8 graphs
+        assert compiled.generate_ids(batch(rows), None, 3) == eager.generate_ids(
+            batch(rows), None, 3
+        )
+
+
 def test_copies_and_sampling(pair):
     eager, compiled = pair
     options = dict(temperature=1.0, seed=5, num_return_sequences=3)

@@ -476,7 +476,7 @@ def test_shared_prefixes_are_computed_once(monkeypatch):
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])
     batch = tt.Batch(ids, torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]))
-    lm.takes_trees([tt.Place("resid", 1)], [(1,)])
+    lm.takes_trees()
     with Meter(lm) as meter:
         shared = lm.record(batch, "resid@1", show_progress=False)
     assert meter.blocks[0] == 20 + 8 * 3 and meter.passes == 1

@@ -6,6 +6,8 @@ the graph adds what lies in a buffer, and a change of edit is a change of number
 a batch size, a cache length and a set of sites; ``lm.compile()`` says what it costs.
 """
 
+import logging
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +18,12 @@ from trimtab.chat import Batch
 from trimtab.decode import Eager
 from trimtab.edits import Add
 from trimtab.merge import Step
-from trimtab.taps import Call, Key, Slots
+from trimtab.taps import Call, Clock, Key, Slots
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
+
+log = logging.getLogger(__name__)
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # cache sizes: one graph each
 
@@ -31,13 +35,30 @@ class Compiled:
         self.lm = lm
         self.slots: list[Slots] = []
         self.caches: dict[tuple[int, int], StaticCache] = {}
+        self.owner = threading.Lock()
+        self._supported: bool | None = None
         if lm.device.type == "cpu" and options.keys() <= {"options"}:
             options = {"options": {**_cpu_options(), **options.get("options", {})}}
         self.step = torch.compile(self._step, fullgraph=True, dynamic=False, **options)
 
     def engine(self, call: Call) -> "Static | Eager":
-        """The engine for a call: compiled where its edits fit into slots, else as without."""
-        return Static(self) if fits(call) else Eager(self.lm)
+        """The engine for a call: compiled where its edits fit into slots, else as without.
+
+        The fixed buffers serve one generation at a time: one that begins while another goes on (two
+        streams that take turns) runs as without compiling.
+        """
+        if not (fits(call) and self.supported()) or not self.owner.acquire(blocking=False):
+            return Eager(self.lm)
+        return Static(self)
+
+    def supported(self) -> bool:
+        """Whether the model runs on a static cache as on a growing one: measured once, uncompiled."""
+        if self._supported is None:
+            self._supported = runs_on_static_cache(self.lm)
+            if not self._supported:
+                name = type(self.lm.model).__name__
+                log.warning("%s does not run on a static cache: it decodes uncompiled", name)
+        return self._supported
 
     def cache(self, rows: int, length: int) -> StaticCache:
         """An empty cache of at least ``length`` columns, used again from run to run."""
@@ -97,10 +118,14 @@ class Static:
 
     def step(self, tokens: Tensor) -> Tensor:
         self._fill()
-        with torch.no_grad(), self.lm.taps.slotted(self.slots, self.lm.waits):
+        many = torch._dynamo.config.patch(recompile_limit=4096, accumulated_recompile_limit=4096)
+        with torch.no_grad(), self.lm.taps.slotted(self.slots, self.lm.waits), many:
             logits = self.compiled.step(tokens[:, None], self.mask, self.next[:, None], self.cache)
         self.next, self.column = self.next + 1, self.column + 1
         return logits.clone()
+
+    def close(self) -> None:
+        self.compiled.owner.release()
 
     def take(self, rows: Tensor) -> None:
         raise NotImplementedError("a compiled graph has a fixed number of rows")
@@ -113,8 +138,8 @@ class Static:
             where = {layer: depth.get((step.site, layer), 0) for layer in step.layers}
             for layer in step.layers:
                 depth[step.site, layer] = where[layer] + 1
-            chosen = step.selection.mask(positions)[:, 0]  # [B]
-            order = step.selection.order(positions)[:, 0] if step.per_token else None
+            mask, orders = step.choose(positions)
+            chosen, order = mask[:, 0], None if orders is None else orders[:, 0]
             state = (chosen.tolist(), None if order is None else order.tolist())
             if self.written.get(number) != state:
                 self.written[number] = state
@@ -139,6 +164,27 @@ class Static:
                 relative=edit.relative,
                 keep_norm=edit.keep_norm,
             )
+
+
+def runs_on_static_cache(lm: "LM") -> bool:
+    """Whether a prompt and one more token give the same logits on either kind of cache."""
+    ids = torch.arange(3, 9, device=lm.device)[None]
+    batch = Batch(ids)
+    positions = torch.arange(7, device=lm.device)[None]
+    call, eager = Call(Clock(batch.mask)), Eager(lm)
+    try:
+        cache = StaticCache(config=lm.text_config, max_cache_len=LENGTHS[0])
+        if any(cache.is_sliding):  # counts its columns in Python: a graph per token
+            return False
+        with torch.no_grad(), lm.taps.carry(call, lm.waits):
+            lm.forward(ids, batch.mask, positions[:, :6], cache=cache, keep=1)
+            whole = torch.ones(1, LENGTHS[0], dtype=torch.long, device=lm.device)
+            static = lm.forward(ids[:, :1], whole, positions[:, 6:], cache=cache, keep=1).logits
+    except Exception:  # a model that takes no static cache says so in its own way
+        return False
+    eager.start(batch, Call(Clock(batch.mask)), 1)
+    grown = eager.step(ids[0, :1])
+    return bool((static[:, -1].float() - grown).norm() < 0.05 * grown.norm())
 
 
 def _cpu_options() -> dict[str, Any]:

@@ -93,6 +93,10 @@ class Engine(Protocol):
         """Go on with these rows, repeated or dropped as given."""
         ...
 
+    def close(self) -> None:
+        """The generation is over, finished or not."""
+        ...
+
 
 class Eager:
     """Passes through the model as it is, on a cache that grows."""
@@ -119,6 +123,9 @@ class Eager:
         rows = rows.to(self.mask.device)
         self.mask, self.next = self.mask[rows], self.next[rows]
         self.cache.batch_select_indices(rows)
+
+    def close(self) -> None:
+        pass
 
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
         with torch.no_grad(), self.lm.taps.carry(self.call, self.lm.waits):
@@ -151,7 +158,24 @@ def columns(
 
     A row ends with one of the model's end tokens, or when ``stop(row, its tokens so far)`` says so.
     """
-    engine, choose = lm.engine(call), sampling.chooser(batch.ids.device)
+    engine = lm.engine(call)
+    try:
+        yield from _columns(lm, engine, batch, call, sampling, max_new_tokens, copies, stop)
+    finally:
+        engine.close()
+
+
+def _columns(
+    lm: "LM",
+    engine: Engine,
+    batch: Batch,
+    call: Call,
+    sampling: Sampling,
+    max_new_tokens: int,
+    copies: int,
+    stop: Callable[[int, list[int]], bool] | None,
+) -> Iterator[Column]:
+    choose = sampling.chooser(batch.ids.device)
     ends = torch.tensor(lm.end_ids, device=batch.ids.device)
     each = torch.arange(len(batch)).repeat_interleave(copies)
     if engine.fixed and copies > 1:

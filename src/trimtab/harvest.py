@@ -100,7 +100,7 @@ def harvest(
         meta |= {"dtype": str(dtype), "edits": fingerprint(edits)}
         writer = ShardWriter(out, tracks, meta, len(rows), rank)
         _barrier(world)  # every process knows what is done before any of them writes more
-    lay_out = _trees if edits is None and lm.takes_trees(places, layers) else _plain
+    lay_out = _trees if edits is None and lm.takes_trees() else _plain
     sheets = list(lay_out(rows, batch_size))
     if writer is not None and writer.done:
         sheets = _remaining(sheets, writer.done, lambda rows: lay_out(rows, batch_size))
@@ -183,16 +183,17 @@ def read_sheet(
     return [reader.chunk(tuple(row.number for row in sheet.rows)) for reader in readers]
 
 
-def fits_trees(lm: "LM", places: Sequence[Place], layers: Sequence[tuple[int, ...]]) -> bool:
+def fits_trees(lm: "LM") -> bool:
     """Whether this model reads the same at the end of a full tree as in a row of its own."""
+    places, layers = [Place("resid", lm.n_layers - 1)], [(lm.n_layers - 1,)]
     top, room = int(lm.embedding.shape[0]) - 1, TREE_WIDTH - 16
     depth = min(room, lm.context or room)
     if depth < 24:
         return False
     first = max(0, top - room // depth)  # the rows come in this order, the last two sharing 8 ids
     rows = [
-        Row(i, (first + i, *((7 * j + 3) % top for j in range(depth - 1))), 1, 0, none)
-        for i, none in enumerate([((),) * len(places)] * (room // depth))
+        Row(i, (first + i, *((7 * j + 3) % top for j in range(depth - 1))), 1, 0, ((),))
+        for i in range(room // depth)
     ]
     end = Row(
         len(rows), (*rows[-1].ids[:8], *[top] * 16), 1, 0, (tuple(range(8, 24)),) * len(places)

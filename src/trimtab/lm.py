@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from trimtab import chat, models
 from trimtab.anatomy import Anatomy
@@ -286,30 +287,37 @@ class LM:
             return tuple(having)
         return place.layer_indices(self.n_layers)
 
-    def explain(self, prompts: Any, edits: Edits, answers: Any = None) -> str:
-        """Which tokens of which row the edits touch, one line per row and edit, as text.
+    def explain(self, prompts: Any, edits: Any, answers: Any = None) -> str:
+        """Which tokens of which row are touched, a line per row and edit: they stand in [brackets].
 
-        Touched tokens stand in [brackets]. Helps to see what a token selector means.
+        ``edits`` as for a run, or a place (text or Place) to see what its tokens mean. Raises what
+        a run with these edits would raise.
         """
-        rows = self._encode(prompts, answers)
-        batch = chat.pad(rows, chat.pad_id(self.tokenizer))
-        positions = Clock(batch.mask).columns
-        listed = (
-            [edits] * len(rows) if isinstance(edits, Edit) else list(edits or [None] * len(rows))
-        )
-        lines = []
-        for i, (row, edit) in enumerate(zip(rows, listed, strict=True)):
-            pieces = [chat.decode_token(self.tokenizer, t) for t in row.ids]
-            for part in edit.parts() if edit is not None else []:
-                tokens = [Tokens.of(part.place.tokens)] * len(rows)
-                chosen = Selection.of(tokens, batch.prompt_len.tolist(), [FOREVER] * len(rows))
-                mask = chosen.mask(positions)[i][-len(row.ids) :].tolist()
-                text = "".join(f"[{p}]" if m else p for p, m in zip(pieces, mask, strict=True))
-                kind = type(part).__name__
-                lines.append(f"row {i}: {kind} at {part.place}: {sum(mask)} tokens: {text!r}")
-            if edit is None:
-                lines.append(f"row {i}: no edit")
-        return "\n".join(lines)
+        rows = self._encode_examples(prompts) if answers is None else self._encode(prompts, answers)
+        if isinstance(edits, str | Place):
+            places = [[("place", Place.parse(edits))]] * len(rows)
+        else:
+            self._call(chat.pad(rows, chat.pad_id(self.tokenizer)), edits)
+            own = [edits] * len(rows) if isinstance(edits, Edit) else edits or [None] * len(rows)
+            parts = [edit.parts() if edit is not None else [] for edit in own]
+            places = [[(type(part).__name__, part.place) for part in row] for row in parts]
+        told = [
+            self._explained(i, row, kind, place)
+            for i, row in enumerate(rows)
+            for kind, place in places[i]
+        ]
+        none = [f"row {i}: no edit" for i in range(len(rows)) if not places[i]]
+        return "\n".join(told + none)
+
+    def _explained(self, number: int, row: Encoded, kind: str, place: Place) -> str:
+        tokens = Tokens.of(place.tokens)
+        if tokens.positions is not None and len(tokens.positions) > 1:
+            tokens = Tokens(positions=(tokens.positions[number],))
+        selection = Selection.of([tokens], [row.prompt_len], [FOREVER])
+        mask = selection.mask(torch.arange(len(row.ids))[None])[0].tolist()
+        pieces = [chat.decode_token(self.tokenizer, token) for token in row.ids]
+        text = "".join(f"[{p}]" if m else p for p, m in zip(pieces, mask, strict=True))
+        return f"row {number}: {kind} at {place}: {sum(mask)} tokens: {text!r}"
 
     # -- generating --------------------------------------------------------------------------------
 
@@ -325,36 +333,44 @@ class LM:
         stop: str | Sequence[str] | None = None,
         raw: bool = False,
         system: str | None = None,
+        batch_size: int = 64,
+        show_progress: bool = False,
         **options: Any,
     ) -> Any:
-        """Answers to prompts: str in, str out; a list in, a list out.
+        """Answers to prompts: str in, str out; a list (or a Batch) in, a list out.
 
         ``edits``: one for all rows, or a list with one per row (None for none). ``temperature`` 0
         is greedy; ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
         ``no_repeat_ngram_size`` and ``seed`` shape sampling without touching global random state.
         With ``num_return_sequences`` n > 1 each prompt gives a list of n. ``stop``: texts that end
-        an answer. Any other option (``num_beams`` ...) goes to transformers' own ``generate``.
+        an answer. Any other option (``num_beams`` ...) goes to transformers' own ``generate``. More
+        than ``batch_size`` prompts run in groups of similar length. An answer ends where the
+        longest prompt beside it and the answer fill the model's context.
         """
-        listed, single = _listed(prompts)
-        if not listed:
-            return []
-        batch = self.batch(listed, raw=raw, system=system)
-        ids = self.generate_ids(
-            batch,
-            edits,
-            max_new_tokens,
-            temperature,
-            num_return_sequences=num_return_sequences,
-            seed=seed,
-            stop=stop,
-            **options,
-        )
-        texts = [self._trim(chat.decode(self.tokenizer, row), stop) for row in ids]
-        if num_return_sequences > 1:
-            n = num_return_sequences
-            grouped = [texts[i : i + n] for i in range(0, len(texts), n)]
-            return grouped[0] if single else grouped
-        return texts[0] if single else texts
+        if isinstance(prompts, Batch):
+            rows, single = self._encode_examples(prompts), False
+        else:
+            listed, single = _listed(prompts)
+            rows = self._encode(listed, raw=raw, system=system) if listed else []
+        edits, n = spread(edits, len(rows)), num_return_sequences
+        groups = _groups([len(row.ids) for row in rows], batch_size)
+        texts: dict[int, list[str]] = {}
+        for group in tqdm(groups, "generating", disable=not show_progress):
+            ids = self.generate_ids(
+                chat.pad([rows[i] for i in group], chat.pad_id(self.tokenizer)),
+                edits if edits is None or isinstance(edits, Edit) else [edits[i] for i in group],
+                max_new_tokens,
+                temperature,
+                num_return_sequences=n,
+                seed=None if seed is None else seed + len(texts),
+                stop=stop,
+                **options,
+            )
+            for k, i in enumerate(group):
+                own = ids[k * n : (k + 1) * n]
+                texts[i] = [self._trim(chat.decode(self.tokenizer, row), stop) for row in own]
+        answers = [texts[i] if n > 1 else texts[i][0] for i in range(len(rows))]
+        return answers[0] if single else answers
 
     def generate_ids(
         self,
@@ -372,6 +388,10 @@ class LM:
 
         Copies of a row (``num_return_sequences``) stand side by side.
         """
+        if num_return_sequences < 1:
+            raise ValueError(f"num_return_sequences is 1 or more, not {num_return_sequences}")
+        if not bool(batch.mask[:, -1].all()):  # the next token comes after the last real one
+            batch = chat.pad(self._encode_examples(batch), chat.pad_id(self.tokenizer))
         batch = batch.to(self.device)
         room = self._room(batch, max_new_tokens)
         call = self._call(batch, edits)
@@ -414,8 +434,10 @@ class LM:
         that predicted the piece. Several streams of one model can take turns.
         """
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], Mapping):
-            raise ChatError(f"stream takes one prompt, not {len(prompt)}; use generate for many")
-        batch = self.batch(prompt, raw=raw, system=system)
+            raise ChatError("stream takes one prompt, not a list of them; use generate for many")
+        given = prompt if isinstance(prompt, Batch) else None
+        batch = self.batch(prompt, raw=raw, system=system) if given is None else given
+        batch = batch.to(self.device)
         call, room = self._call(batch, edits), self._room(batch, max_new_tokens)
         gauge = _Gauge(self, call, read) if read is not None else None
         unknown = set(options) - _OWN
@@ -540,7 +562,7 @@ class LM:
         show_progress: bool = True,
         *,
         edits: Edits = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         out: str | None = None,
         raw: bool = False,
         system: str | None = None,
@@ -565,27 +587,35 @@ class LM:
                 places,
                 edits=edits,
                 batch_size=batch_size,
-                dtype=dtype,
+                dtype=_dtype(dtype),
                 out=out,
                 show_progress=show_progress,
             )
 
-    def takes_trees(self, places: Sequence[Place], layers: Sequence[tuple[int, ...]]) -> bool:
+    def takes_trees(self) -> bool:
         """Whether rows that share prefixes can be computed as a tree; measured once per model."""
-        key = (str(self.model.dtype), self.model.training, tuple(p.site for p in places))
+        key = (str(self.model.dtype), self.model.training)
         if key not in self._trees:
             window = getattr(self.text_config, "sliding_window", None)
-            self._trees[key] = window is None and fits_trees(self, places, layers)
+            self._trees[key] = window is None and fits_trees(self)
         return self._trees[key]
 
     def score(
-        self, prompts: Any, answers: Any, edits: Edits = None, *, batch_size: int = 32
+        self,
+        prompts: Any,
+        answers: Any,
+        edits: Edits = None,
+        *,
+        batch_size: int = 32,
+        raw: bool = False,
+        system: str | None = None,
     ) -> Tensor:
-        """Mean log-probability per answer token, [B], in the caller's gradient mode.
+        """Mean log-probability per answer token, [B].
 
-        Rows whose answer holds no token raise ChatError.
+        Differentiable with respect to edits that require gradients, and only then. Rows whose
+        answer holds no token raise ChatError.
         """
-        rows = self._encode(prompts, answers)
+        rows = self._encode(prompts, answers, raw=raw, system=system)
         empty = [i for i, row in enumerate(rows) if len(row.ids) == row.prompt_len]
         if empty:
             raise ChatError(f"rows {empty[:8]} have an empty answer; a score needs tokens")
@@ -604,7 +634,9 @@ class LM:
         call = self._call(batch, edits, batch.lengths.tolist())
         longest = int((batch.lengths - batch.prompt_len).max())
         positions = (batch.mask.cumsum(1) - 1).clamp_min(0)
-        with self.taps.carry(call, self.waits):
+        wanted = any(v.requires_grad for step in call.steps for v in step.values.values())
+        grad = torch.is_grad_enabled() and wanted
+        with torch.set_grad_enabled(grad), self.taps.carry(call, self.waits):
             out = self.forward(batch.ids, batch.mask, positions, keep=longest + 1)
         logits = out.logits[:, -longest - 1 : -1].float()
         labels = batch.ids[:, -longest:]
@@ -614,7 +646,9 @@ class LM:
         mean: Tensor = (picked * real).sum(1) / real.sum(1)
         return mean
 
-    def _encode_examples(self, examples: Any, raw: bool, system: str | None) -> list[Encoded]:
+    def _encode_examples(
+        self, examples: Any, raw: bool = False, system: str | None = None
+    ) -> list[Encoded]:
         if isinstance(examples, Batch):
             rows = []
             for ids, mask, n in zip(examples.ids, examples.mask, examples.prompt_len, strict=True):
@@ -677,18 +711,28 @@ def _listed(prompts: Any) -> tuple[list[Any], bool]:
 def _places(record: Any) -> list[Place]:
     if record is None:
         return []
-    if isinstance(record, str | Place):
-        return [Place.parse(record)]
-    return [Place.parse(place) for place in record]
+    listed = [record] if isinstance(record, str | Place) else list(record)
+    if not listed:
+        raise PlaceError('no place to record; name one, for example "resid@3 answer"')
+    return list(dict.fromkeys(Place.parse(place) for place in listed))
 
 
 def _taps(model: Any, anatomy: Anatomy) -> Taps:
     """The model's taps: one set, however many LMs are made of it."""
     taps: Taps | None = getattr(anatomy.trunk, "_trimtab_taps", None)
-    if taps is None or taps.anatomy.blocks is not anatomy.blocks:
+    if taps is None:
         taps = Taps(anatomy)
         object.__setattr__(anatomy.trunk, "_trimtab_taps", taps)
+    elif taps.anatomy.taps != anatomy.taps:  # modules were replaced since, by an adapter say
+        taps.install(anatomy)
     return taps
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype is a torch.dtype or its name such as 'float16', not {dtype!r}")
+    return found
 
 
 def _unsure(text: str, stop: str | Sequence[str] | None) -> int:
@@ -700,6 +744,16 @@ def _unsure(text: str, stop: str | Sequence[str] | None) -> int:
 
 def _until(row: list[int], ends: set[int]) -> list[int]:
     return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]
+
+
+def _groups(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Rows in groups of at most ``size``: in their order if they are one, else by length."""
+    if size < 1:
+        raise ValueError(f"batch_size is 1 or more, not {size}")
+    order = list(range(len(lengths)))
+    if len(lengths) > size:
+        order.sort(key=lambda i: lengths[i])
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def _count(lengths: Sequence[int], batch_size: int, budget: int = 1024) -> int:

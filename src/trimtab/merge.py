@@ -99,27 +99,37 @@ class Step:
     values: Values  # each [L, B or 1, D'] or [L, B or 1, N, D']
     acts: Tensor  # [L, B] bool
     selection: Selection
-    per_token: bool
+    counts: Tensor | None = None  # [B], with values per token: how many tokens they are for
     gate: "Gate | None" = None
     ready: dict[int, tuple[Values, Tensor | None]] = field(default_factory=dict)
 
     def apply(self, x: Tensor, layer: int, mask: Tensor | None, order: Tensor | None) -> Tensor:
         """The edit at one layer; ``mask`` [B, T] chooses tokens (None = all of them)."""
         values, rows = self._at(layer, x)
-        if self.per_token:
-            assert order is not None
+        if order is not None:
             values = {name: _look_up(v, order) for name, v in values.items()}
         new = self.edit.write(x, values)
         if rows is not None:
             mask = rows if mask is None else mask & rows
         return new if mask is None else torch.where(mask[..., None], new, x)
 
+    def choose(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Which of ``positions`` [B, T] it touches, and the place of each among its values.
+
+        Values per token are for the first N chosen tokens; those after them are left alone.
+        """
+        mask = self.selection.mask(positions)
+        if self.counts is None:
+            return mask, None
+        order = self.selection.order(positions)
+        return mask & (order < self.counts[:, None]), order
+
     def _at(self, layer: int, x: Tensor) -> tuple[Values, Tensor | None]:
         """Values [B or 1, 1 or N, D'] and acting rows [B, 1] of one layer, on the right device."""
         if layer not in self.ready:
             i, dtype = self.layers[layer], x.dtype if self.edit.narrow else wide(x.dtype)
             values = {n: v[i].to(device=x.device, dtype=dtype) for n, v in self.values.items()}
-            if not self.per_token:
+            if self.counts is None:
                 values = {n: v[:, None] for n, v in values.items()}
             acting = self.acts[i]
             rows = None if bool(acting.all()) else acting[:, None].to(x.device)
@@ -131,7 +141,9 @@ class Step:
         values = {n: v[:, rows] if v.shape[1] > 1 else v for n, v in self.values.items()}
         gate = self.gate.take(rows) if self.gate else None
         selection, acts = self.selection.take(rows), self.acts[:, rows]
-        return replace(self, values=values, acts=acts, selection=selection, gate=gate, ready={})
+        counts = None if self.counts is None else self.counts[rows]
+        made = replace(self, values=values, acts=acts, selection=selection, gate=gate)
+        return replace(made, counts=counts, ready={})
 
 
 @dataclass
@@ -245,11 +257,22 @@ def _stack(
         values=_stack_values(tables, union, n_rows),
         acts=acts,
         selection=_select([(row, e.place) for row, e in members], prompt_len, lengths),
-        per_token=any(v.dim() == 4 for v in first.values().values()),
+        counts=_counts(tables, n_rows),
     )
     if first.condition() is not None:
         step.gate = _gate(members, prompt_len, lengths, n_layers, width)
     return step
+
+
+def _counts(tables: list[tuple[int | None, tuple[int, ...], Values]], n_rows: int) -> Tensor | None:
+    """How many tokens each row's values are for, [B]; None where they serve any number."""
+    counts = torch.zeros(n_rows, dtype=torch.long)
+    for row, _, values in tables:
+        lengths = [v.shape[2] for v in values.values() if v.dim() == 4]
+        if not lengths:
+            return None
+        counts[slice(None) if row is None else row] = lengths[0]
+    return counts
 
 
 def _gate(

@@ -207,12 +207,12 @@ class Call:
 
     def _choose(self, step: Step, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """Which tokens of this pass a step touches (None = all, empty = none), and their order."""
-        mask = step.selection.mask(self.positions)
+        mask, order = step.choose(self.positions)
         if step.gate:
             mask = mask & step.gate.decide(step.gate.selection.mask(self.positions))
         if not bool(mask.any()):
             return mask.new_zeros(0), None
-        order = step.selection.order(self.positions).to(device) if step.per_token else None
+        order = None if order is None else order.to(device)
         # A mask makes the edit save a tensor for backward, so that a recomputation without the
         # edit is noticed by torch instead of giving wrong gradients.
         if bool(mask.all()) and not self.checkpointed:
@@ -286,13 +286,20 @@ class Taps:
     """The hooks of one model. ``carry`` makes a call active for the passes inside it."""
 
     def __init__(self, anatomy: Anatomy) -> None:
-        self.anatomy = anatomy
         self.call: Call | None = None
         self.slots: Slots | None = None
         self.lock = threading.RLock()
+        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.install(anatomy)
+
+    def install(self, anatomy: Anatomy) -> None:
+        """Hook the model's modules; again where some were replaced since (by an adapter, say)."""
+        for handle in self.handles:
+            handle.remove()
+        self.anatomy = anatomy
         self.handles = [
             anatomy.trunk.register_forward_pre_hook(self._begin, with_kwargs=True),
-            *(self._install(key) for key in anatomy.taps),
+            *(self._hook(key) for key in anatomy.taps),
         ]
 
     @contextmanager
@@ -345,11 +352,6 @@ class Taps:
         """A copied model brings these taps along, idle; an LM made of it installs its own."""
         return self
 
-    def remove(self) -> None:
-        """Take the hooks out of the model."""
-        for handle in self.handles:
-            handle.remove()
-
     def _check(self, call: Call) -> None:
         for site, layer in call.keys:
             self.anatomy.tap(site, layer)  # raises, with the sites that there are
@@ -371,7 +373,7 @@ class Taps:
         seen = 0 if cache is None else int(cache.get_seq_length())
         call.begin(seen, ids.shape[1], ids.shape[0])
 
-    def _install(self, key: Key) -> torch.utils.hooks.RemovableHandle:
+    def _hook(self, key: Key) -> torch.utils.hooks.RemovableHandle:
         module, side = self.anatomy.taps[key]
         if side == "out":
             return module.register_forward_hook(self._on_output(key))
