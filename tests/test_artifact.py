@@ -164,6 +164,13 @@ def test_a_name_is_a_name_and_a_path_is_a_path(tmp_path, monkeypatch):
     assert found == ["beside", "here", "here/a", "here/a/b", "here/a/b/c"]
 
 
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    humor().save("~/humor")
+    assert (tmp_path / "humor").is_dir() and tt.load("~/humor").meta.name == "humor"
+    assert artifact.read_header(Path("~/humor"))["name"] == "humor"
+
+
 @pytest.mark.parametrize("path", ["", ".", ".."])
 def test_a_path_without_a_name(tmp_path, monkeypatch, path):
     (tmp_path / "here").mkdir()
@@ -293,12 +300,33 @@ SPEC = {"type": "add", "place": "resid@0:2 answer", "keep_norm": True, "relative
         ({"edit": {"type": "sum", "place": "resid@0", "edits": 5}}, "cannot be built"),
         ({"edit": {"type": "sum", "place": "resid@0", "edits": [SPEC]}}, "delta"),
         ({"edit": {"type": "when", "edit": SPEC}}, "cannot be built"),
+        ({"edit": {**SPEC, "keep_norm": "false"}}, "keep_norm is true or false, not 'false'"),
+        ({"edit": {**SPEC, "keep_norm": 1}}, "keep_norm is true or false, not 1"),
+        ({"edit": {**SPEC, "relative": None}}, "relative is true or false, not None"),
+        ({"edit": {**SPEC, "relative": SPEC}}, "relative is true or false, not {'type'"),
     ],
 )
 def test_a_description_that_cannot_be_built(saved, extra, told):
     change_json(saved, extra=extra)
     with pytest.raises(ArtifactError, match=told):
         tt.load(saved)
+
+
+@pytest.mark.parametrize("strength", ["1", None, True, [1.0], {"type": "add"}, math.nan, 10**400])
+def test_a_number_is_a_number(tmp_path, strength):
+    tt.Replace("resid@0:2", torch.ones(L, D), 0.5).save(tmp_path / "patch")
+    file = tmp_path / "patch" / "artifact.json"
+    spec = json.loads(file.read_text())["extra"]["edit"]
+    change_json(tmp_path / "patch", extra={"edit": {**spec, "strength": strength}})
+    with pytest.raises(ArtifactError, match="strength is a (finite )?number, not"):
+        tt.load(tmp_path / "patch")
+    change_json(tmp_path / "patch", extra={"edit": {**spec, "strength": 1}})
+    assert tt.load(tmp_path / "patch").strength == 1.0  # JSON of others writes 1.0 so
+
+
+def test_a_nested_meta_is_not_looked_at(saved):
+    change_json(saved, extra={"edit": {**SPEC, "meta": {"name": "evil"}, "delta": [[1.0]]}})
+    assert tt.load(saved).meta.name == "humor" and torch.equal(tt.load(saved).delta, humor().delta)
 
 
 @pytest.mark.parametrize(

@@ -382,7 +382,7 @@ def test_unknown_options(lm):
 
 
 def test_stream_takes_one_prompt(lm):
-    with pytest.raises(ChatError, match="stream takes one prompt, not 2; use generate for many"):
+    with pytest.raises(ChatError, match="stream takes one prompt, not a list of them"):
         lm.stream(TWO)
 
 

@@ -601,6 +601,36 @@ def test_the_dose_is_a_fraction_of_the_length():
     torch.testing.assert_close(edit.delta.norm(dim=-1), torch.tensor([0.1, 0.2, 0.3]))
 
 
+def test_scale_or_dose():
+    for scale in (8.0, [1.0, 2.0, 3.0], torch.ones(3)):
+        with pytest.raises(PlaceError, match="scale= and dose= both say .*give one of them"):
+            fitted().edit(scale, dose=0.1)
+
+
+def test_a_probe_of_what_was_there_before_an_edit_makes_one():
+    rows, labels = made()
+    probe = tt.concepts.fit_recording(recorded(rows, place="resid@1:4 all before"), labels)
+    assert probe.place.before and not probe.edit().place.before
+
+
+@pytest.mark.parametrize("method", tt.concepts.METHODS)
+def test_a_fit_carries_no_gradient(method):
+    rows, labels = made(12)
+    for row in rows:
+        row.requires_grad_()
+    probe = tt.concepts.fit_recording(recorded(rows), labels, method=method)
+    assert not any(getattr(probe, n).requires_grad for n in (*FITTED, "mean"))
+
+
+def test_reading_of_float64_is_in_float64():
+    rows, labels = made(10)
+    probe, rows = tt.concepts.fit_recording(recorded(rows), labels), [r.double() for r in rows]
+    x = [(r - probe.mean) / (r - probe.mean).norm(dim=-1, keepdim=True) for r in rows]
+    wanted = [torch.sigmoid((u * probe.weight).sum(-1) * probe.gain + probe.bias) for u in x]
+    got = probe.predict(recorded(rows))
+    torch.testing.assert_close(got, torch.stack([w.mean(0) for w in wanted]), rtol=1e-12, atol=0)
+
+
 def test_guidance_is_the_papers_formula():
     """x' = |x| (x + a w/|w|) / |x + a w/|w||, in float32."""
     probe = fitted()

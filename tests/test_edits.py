@@ -5,8 +5,10 @@ No model is needed: ``applied`` runs the merged steps on activations by hand.
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,9 +33,7 @@ def applied(edits, x, layer=1, prompt_len=None):
     steps = merge(edits, prompt_len or [tokens] * rows, [tokens] * rows, L, x.shape[-1])
     for step in steps:
         if layer in step.layers:
-            mask = step.selection.mask(positions)
-            order = step.selection.order(positions) if step.per_token else None
-            x = step.apply(x, layer, mask, order)
+            x = step.apply(x, layer, *step.choose(positions))
     return x
 
 
@@ -135,6 +135,34 @@ def test_keep_norm_is_computed_in_float32():
     assert bool(torch.isfinite(applied(add(keep_norm=True), x)).all())
 
 
+def test_double_stays_double():
+    """A float64 model is edited and read in float64, to the last digits."""
+    x, direction = noise(2, 5, D).double(), noise(1, D, seed=5).double()
+    removed = applied(tt.Project("resid@1", direction), x)
+    unit = direction / length(direction)
+    assert float((removed * unit).sum(-1).abs().max()) < 1e-14
+    made = tt.Readout("resid@1", direction, *torch.ones(2, 1).double())
+    margin = made.margin(x, {n: v[0] for n, v in made.values().items()})
+    torch.testing.assert_close(margin, x @ direction[0] + 1, rtol=1e-14, atol=1e-14)
+
+
+def test_numbers_are_not_rounded_to_a_vectors_dtype():
+    x, direction = noise(2, 5, D), noise(1, D).bfloat16()
+    clamped = applied(tt.Project("resid@1", direction, to=3.3), x)
+    unit = direction.float() / length(direction.float())
+    torch.testing.assert_close((clamped * unit).sum(-1), torch.full((2, 5), 3.3))
+
+
+def test_options_by_position():
+    edit = tt.Add("resid@1", noise(1, D), True, True)
+    assert edit.keep_norm and edit.relative
+    assert tt.Replace("resid@1", noise(1, D), 0.25).strength == 0.25
+    project = tt.Project("resid@1", noise(1, D), 2.0, 0.5)
+    assert (project.to, project.strength) == (2.0, 0.5)
+    with pytest.raises(TypeError):
+        tt.Add("resid@1", noise(1, D), True, True, Meta("humor"))
+
+
 def test_zero_length_stays_finite():
     x = torch.zeros(1, 2, D)
     for options in ({"keep_norm": True}, {"relative": True}, {"keep_norm": True, "relative": True}):
@@ -176,10 +204,31 @@ def test_strength_zero_is_no_edit(edit):
     assert merge([None, 0 * edit], [5, 5], [5, 5], L, D) == []
 
 
-@pytest.mark.parametrize("factor", [math.nan, math.inf, "2", None, torch.ones(1), [2]])
+@pytest.mark.parametrize(
+    "half", [np.float32(0.5), np.array(0.5), torch.tensor(0.5), Fraction(1, 2)]
+)
+def test_factors_of_every_kind(half):
+    a = add()
+    for scaled in (a * half, half * a, a / 2, a / (4 * half)):
+        assert isinstance(scaled, tt.Add) and torch.equal(scaled.delta, 0.5 * a.delta)
+    made = tt.Project("resid@1", noise(1, D), half, strength=half)
+    assert type(made.to) is type(made.strength) is float  # so that they are saved
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [
+        *(math.nan, math.inf, "2", None, torch.ones(1), [2], 10**400, b"2", np.ones(2)),
+        *(np.array([True]), torch.tensor(True), torch.tensor(0.5, requires_grad=True)),
+    ],
+)
 def test_a_factor_is_a_finite_number(factor):
-    with pytest.raises((PlaceError, TypeError)):
+    with pytest.raises(PlaceError, match="multiplied by a finite number"):
         add() * factor
+    with pytest.raises(PlaceError, match="divided by a finite number"):
+        add() / factor
+    with pytest.raises(ZeroDivisionError):
+        add() / 0
 
 
 @pytest.mark.parametrize("other", [1, "a", None, torch.ones(L, D)])

@@ -1,5 +1,6 @@
 """Places as text and as numbers: the grammar, layers, spans and positions. No model is needed."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,9 +39,13 @@ def chosen(tokens, prompt_len, lengths):
         ("resid@1 answer[-1]", "resid@1 answer[-1:]"),
         ("resid@1 [3, 5]", "resid@1 [3, 5]"),
         ("resid@1 [[3,5],[2]]", "resid@1 [[3, 5], [2]]"),
-        ("resid@1 [5, 3]", "resid@1 [3, 5]"),
+        ("resid@:3 answer[0:16]", "resid@0:3 answer[:16]"),
+        ("resid@1 prompt[0:]", "resid@1 prompt"),
+        ("resid@1 answer[0]", "resid@1 answer[:1]"),
         ("attn@4,7 prompt before", "attn@4,7 prompt before"),
         ("embed@0 all", "embed@0 all"),
+        ("embed", "embed@0 all"),
+        (" embed answer[1:] before", "embed@0 answer[1:] before"),
     ],
 )
 def test_text_form_is_read_and_written(text, shown):
@@ -72,6 +77,7 @@ def test_every_site_is_a_place(site):
         *("resid@3 answer[]", "resid@3 answer[a]", "resid@3 answer[1:2:3:4]", "resid@3 answer[-]"),
         *("resid@3 answer[::0]", "resid@3 answer[::-1]", "resid@3 [3,,5]", "resid@3 [[3], 5]"),
         *("resid@3 [[[3]]]", "resid@3 [3, 3]", "resid@3 answer after", "resid@0:4:0", "resid@--1"),
+        *("resid answer", "embedanswer", "embedanswer[:3]", "embed nose", "resid@1 [5, 3]"),
         *("resid@3 [" + "9" * 30 + "]", "residual@3", "resid@3 __import__('os')"),
     ],
 )
@@ -112,7 +118,15 @@ def test_the_errors_carry_value_and_remedy():
         (-6, "-6", [0]),
         (range(1, 3), "1:3", [1, 2]),
         (range(3), "0:3", [0, 1, 2]),
-        (range(0, 6, 2), "0:6:2", [0, 2, 4]),
+        (range(0, 6, 2), "0,2,4", [0, 2, 4]),
+        (range(0, 8, 4), "0,4", [0, 4]),  # its end is no layer, and need not be one
+        (np.int64(2), "2", [2]),
+        (np.array([4, 1]), "1,4", [1, 4]),
+        (torch.tensor(-1), "-1", [5]),
+        (torch.arange(3), "0:3", [0, 1, 2]),
+        ([np.int32(1), torch.tensor(3)], "1,3", [1, 3]),
+        (slice(np.int64(1), torch.tensor(3)), "1:3", [1, 2]),
+        (":2", "0:2", [0, 1]),
         (range(4, 0, -1), "1:5", [1, 2, 3, 4]),
         (range(-2, 0), "-2,-1", [4, 5]),
         (slice(1, None), "1:", [1, 2, 3, 4, 5]),
@@ -141,7 +155,10 @@ def test_layers_that_the_model_lacks(layers):
 
 @pytest.mark.parametrize(
     "layers",
-    [None, 3.5, True, [True], [], range(3, 3), range(5, 2), [1.0], ["1"], "", "1;2", "0:4:-1"],
+    [
+        *(None, 3.5, True, [True], [], range(3, 3), range(5, 2), [1.0], ["1"], "", "1;2", "0:4:-1"),
+        *(np.float64(1), np.array([True]), torch.ones(2), torch.ones(1, 1).long(), np.array([])),
+    ],
 )
 def test_what_is_no_layer_says_so(layers):
     with pytest.raises(PlaceError, match="layer"):
@@ -162,6 +179,7 @@ def test_at_changes_what_is_named():
     assert str(place.at(site="norm")) == "norm@2:4 answer[:3] before"
     assert str(place.at(layers=-1, tokens=[7])) == "resid@-1 [7] before"
     assert place.at(layers=0).layers == "0"
+    assert not place.at(before=False).before and place.at(before=False).at(before=True) == place
     with pytest.raises(PlaceError):
         place.at(site="nose")
 
@@ -242,11 +260,69 @@ def test_positions_for_another_number_of_rows(lists):
 
 
 @pytest.mark.parametrize(
-    "positions", [[-1], [2, 2], [[0], [-4]], [1.5], [True], 7, b"ab", [[1], 2]]
+    "positions",
+    [
+        *([-1], [2, 2], [[0], [-4]], [1.5], [True], 7, b"ab", [[1], 2], [5, 3], [[1], [4, 0]]),
+        *(
+            np.array([1.0]),
+            torch.ones(2),
+            torch.ones(1, 1, 1).long(),
+            np.array([True]),
+            np.array(3),
+        ),
+    ],
 )
 def test_what_is_no_position_says_so(positions):
     with pytest.raises(PlaceError, match="positions"):
         Tokens.of(positions)
+
+
+def test_positions_of_numpy_and_torch():
+    wanted = Place("resid", 0, [[1, 4], [0, 2]])
+    rows = np.array([[1, 4], [0, 2]])
+    for tokens in (rows, torch.from_numpy(rows), list(rows), [list(row) for row in rows]):
+        assert Place("resid", 0, tokens) == wanted
+    assert Place("resid", 0, torch.tensor([1, 4])) == Place("resid", 0, (np.int64(1), 4))
+
+
+def test_unsorted_positions_say_how_to_list_them():
+    with pytest.raises(PlaceError, match=r"not \[5, 3\]; list them ascending.*one per token"):
+        Place("resid", 0, [5, 3])
+
+
+def test_what_is_the_same_place_is_equal():
+    assert Place.parse("resid@1 answer[0:16]") == Place.parse("resid@1 answer[:16]")
+    assert Place("resid", range(0, 6, 2)) == Place("resid", [0, 2, 4])
+    assert Place.parse("embed answer") == Place("embed", tokens="answer")
+
+
+@pytest.mark.parametrize("text", ["resid@1:3 answer", "norm@all all", "attn@2 [3, 5] before"])
+def test_the_repr_makes_the_place(text):
+    place = Place.parse(text)
+    assert Place(text) == place and repr(place) == f"Place({text!r})"
+    for options in ({"tokens": "prompt"}, {"layers": 3}, {"before": True}):
+        with pytest.raises(PlaceError, match=r"is a whole place; give it alone, .*\.at\(\)"):
+            Place(text, **options)
+    with pytest.raises(PlaceError, match="cannot read the place 'resid@'"):
+        Place("resid@")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "resid@N",
+        "resid@0:N",
+        "resid@0:4:N",
+        "resid@1 [N]",
+        "resid@1 answer[:N]",
+        "resid@1 prompt[N]",
+    ],
+)
+def test_numbers_of_thousands_of_digits(text):
+    for number in ("9" * 5000, "0" * 5000 + "1", "-" + "9" * 5000):
+        with pytest.raises(PlaceError) as told:
+            Place.parse(text.replace("N", number))
+        assert len(str(told.value)) < 500
 
 
 def test_a_deep_nest_is_refused_not_a_crash():

@@ -161,6 +161,29 @@ def test_rows_for_another_number_of_layers():
     with pytest.raises(PlaceError, match="names 3 layers, but the rows hold 2"):
         Recording.from_rows("resid@0:3", some_rows())
     assert Recording.from_rows("resid@0:", some_rows()).layers == (0, 1)
+    assert Recording.from_rows("resid@4:", some_rows()).layers == (4, 5)
+    assert Recording.from_rows("resid@4::3", some_rows()).layers == (4, 7)
+    for place in ("resid@-1", "resid@-2:", "resid@2:-1"):  # whose model has how many?
+        with pytest.raises(PlaceError, match="from the top.*give numbers from 0, .*resid@0:2 all"):
+            Recording.from_rows(place, some_rows())
+
+
+def test_one_row_and_all_of_them():
+    rows = some_rows()
+    rec = Recording.from_rows("resid@3:5", rows)
+    assert all(torch.equal(a, b) for a, b in zip(rec, rows, strict=True))
+    assert torch.equal(rec[0], rows[0]) and torch.equal(rec[torch.tensor(-1)], rows[-1])
+    with pytest.raises(IndexError):
+        rec[5]
+
+
+def test_the_home_folder_and_the_right_loader(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rec = Recording.from_rows("resid@0:2", some_rows())
+    rec.save("~/rec")
+    assert (tmp_path / "rec").is_dir() and equal(Recording.load("~/rec"), rec)
+    with pytest.raises(ArtifactError, match=r"rec is a recording; open it with tt.Recording.load"):
+        tt.load("~/rec")
 
 
 def test_narrowing():
@@ -460,6 +483,7 @@ def test_nothing_beyond_what_is_asked_is_computed():
 
 def test_the_pass_stops_inside_the_deepest_block():
     lm, fired = llama(), []
+    lm.takes_trees()  # the model is measured once, not below
     handle = lm.anatomy.tap("attn", 2)[0].register_forward_pre_hook(lambda *a: fired.append(1))
     lm.record(prompts(4), "norm@2", show_progress=False)
     assert not fired

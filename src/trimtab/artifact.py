@@ -84,7 +84,7 @@ def save(path: str | Path, parts: Parts) -> None:
 
     Raises ArtifactError where something else stands there, or where it cannot be written.
     """
-    target = Path(path)
+    target = user_path(path)
     if os.path.lexists(target) and not (target / JSON_NAME).is_file():
         raise ArtifactError(f"{target} exists and is not an artifact; choose another name")
     made: Path | None = None
@@ -116,6 +116,11 @@ def _write(folder: Path, parts: Parts) -> None:
     (folder / JSON_NAME).write_text(text + "\n", encoding="utf-8")
 
 
+def user_path(path: str | Path) -> Path:
+    """A path as typed, where "~" is the home folder."""
+    return Path(os.path.expanduser(path))
+
+
 def replace_folder(made: Path, target: Path) -> None:
     """Put a finished folder in place of the target; the old one is there until the new one is."""
     old = target.with_name(f".{target.name}-old-{os.getpid()}")
@@ -132,7 +137,7 @@ def replace_folder(made: Path, target: Path) -> None:
 
 def read(path: str | Path) -> Parts:
     """Read an artifact folder and check it: format, hash, and that every part is there."""
-    folder = Path(path)
+    folder = user_path(path)
     header = read_header(folder)
     raw = _bytes(folder / TENSORS_NAME)
     if hashlib.sha256(raw).hexdigest() != header["sha256"]:
@@ -153,7 +158,9 @@ def read(path: str | Path) -> Parts:
 
 def read_header(path: str | Path) -> dict[str, Any]:
     """The JSON of an artifact, checked for format and completeness, without its tensors."""
-    file = Path(path) / JSON_NAME
+    file = user_path(path) / JSON_NAME
+    if (file.parent / "recording.json").is_file():
+        raise ArtifactError(f"{path} is a recording; open it with tt.Recording.load(path)")
     if not file.is_file():
         raise ArtifactError(
             f"no artifact at {path}: {JSON_NAME} is missing; give the folder that .save(path) wrote"
@@ -181,7 +188,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 def load_artifact(path: str | Path) -> Any:
     """Load what was saved at ``path``: an artifact folder, or a file of a known foreign format."""
-    target = Path(path)
+    target = user_path(path)
     if not target.exists():
         raise ArtifactError(f"nothing at {target}; give the folder that .save(path) wrote")
     if target.is_file():

@@ -52,7 +52,7 @@ class Compiled:
         return Static(self)
 
     def supported(self) -> bool:
-        """Whether the model runs on a static cache as on a growing one: measured once, uncompiled."""
+        """Whether the model runs on a static cache as on a growing one; measured once."""
         if self._supported is None:
             self._supported = runs_on_static_cache(self.lm)
             if not self._supported:

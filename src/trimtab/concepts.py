@@ -21,7 +21,7 @@ from trimtab.artifact import (
     register_foreign,
     save,
 )
-from trimtab.edits import Add, Readout
+from trimtab.edits import Add, Readout, wide
 from trimtab.errors import ArtifactError, PlaceError
 from trimtab.lm import LM
 from trimtab.place import LayerSpec, Place, TokenSpec
@@ -114,6 +114,8 @@ class Probe:
         away. ``layers``: given, else the ``top_layers`` with the best accuracy on the training
         rows. ``keep_norm``: x' = |x| (x + a w) / |x + a w|, the paper's form.
         """
+        if dose is not None and (not isinstance(scale, float) or scale != 16.0):
+            raise PlaceError("scale= and dose= both say how strongly to steer; give one of them")
         chosen = self._best(top_layers) if layers is None else self._indices(layers)
         direction = self.weight[self._where(chosen)].float()
         length = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
@@ -125,7 +127,7 @@ class Probe:
                 "one per layer"
             )
         delta = strength.reshape(-1, 1) * direction
-        place = self.place.at(layers=chosen, tokens=tokens)
+        place = self.place.at(layers=chosen, tokens=tokens, before=False)
         made_by = {"from": "probe", **self.meta.made_by}
         meta = replace(self.meta, made_by=made_by)
         return Add(place, delta, keep_norm=keep_norm, relative=dose is not None, meta=meta)
@@ -188,8 +190,8 @@ class Probe:
 
     def _margin(self, values: Tensor) -> Tensor:
         """The logits [N, L] of tokens [N, L, D]."""
-        x = _unit(values.float(), self.mean)
-        return torch.einsum("nld,ld->nl", x, self.weight.float()) * self.gain + self.bias
+        x = _unit(values.to(wide(values.dtype)), self.mean)
+        return torch.einsum("nld,ld->nl", x, self.weight.to(x.dtype)) * self.gain + self.bias
 
 
 def fit(
@@ -237,6 +239,7 @@ def fit(
     return replace(probe, meta=Meta(name, lm.describe(), made_by, probe.meta.scores))
 
 
+@torch.no_grad()
 def fit_recording(
     recording: Recording,
     labels: Sequence[float] | Tensor,

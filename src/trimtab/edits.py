@@ -7,6 +7,7 @@ of a pass, N chosen tokens, D width.
 
 import math
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +29,8 @@ class Edit:
     An edit is an argument of a run (``lm.generate(prompts, edits=...)``) and never a state of the
     model. A strength of 0 is bit-identical to no edit.
     """
+
+    __array_ufunc__ = None  # so that numpy leaves np.float32(0.5) * a to the edit
 
     place: Place
     _: KW_ONLY
@@ -64,11 +67,12 @@ class Edit:
         return Sum.of(self, -other) if isinstance(other, Edit) else NotImplemented
 
     def __mul__(self, factor: float) -> "Edit":
-        if not isinstance(factor, int | float) or not math.isfinite(factor):
-            raise PlaceError(f"an edit is multiplied by a finite number, not {factor!r}")
-        return self.scaled(float(factor))
+        return self.scaled(_finite("an edit is multiplied by", factor))
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "Edit":
+        return self * (1.0 / _finite("an edit is divided by", divisor))
 
     def __neg__(self) -> "Edit":
         return self.scaled(-1.0)
@@ -142,7 +146,6 @@ class Add(Edit):
     """
 
     delta: Tensor
-    _: KW_ONLY
     keep_norm: bool = False
     relative: bool = False
 
@@ -189,13 +192,12 @@ class Replace(Edit):
     """
 
     value: Tensor
-    _: KW_ONLY
     strength: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_tensor("value", self.value, self.place)
-        _check_number("strength", self.strength)
+        object.__setattr__(self, "strength", _finite("strength is", self.strength))
 
     def scaled(self, factor: float) -> "Replace":
         return replace(self, strength=self.strength * factor)
@@ -229,15 +231,14 @@ class Project(Edit):
     """
 
     direction: Tensor
-    _: KW_ONLY
     to: float = 0.0
     strength: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_tensor("direction", self.direction, self.place)
-        _check_number("to", self.to)
-        _check_number("strength", self.strength)
+        object.__setattr__(self, "to", _finite("to is", self.to))
+        object.__setattr__(self, "strength", _finite("strength is", self.strength))
         if self.direction.dim() == 4:
             raise PlaceError("Project takes a direction [L, D] or [L, B, D], not one per token")
         if bool((torch.linalg.vector_norm(self.direction.detach(), dim=-1) == 0).any()):
@@ -250,7 +251,7 @@ class Project(Edit):
         return (Project,)
 
     def values(self) -> Values:
-        unit = self.direction.float()
+        unit = self.direction.to(wide(self.direction.dtype))
         unit = unit / torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
         to, strength = (_filled(self.direction, f) for f in (self.to, self.strength))
         return {"unit": unit, "to": to, "strength": strength}
@@ -309,7 +310,7 @@ class Readout:
                 f"the probe at {str(self.place)!r} has width {self.weight.shape[-1]}, but what it "
                 f"reads has width {x.shape[-1]}; was it made for another model?"
             )
-        x = x.float()
+        x = x.to(wide(x.dtype))
         if self.mean is not None:
             x = x - v["mean"]
             x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
@@ -336,7 +337,7 @@ class When(Edit):
         readout = getattr(probe, "readout", probe)
         if not isinstance(readout, Readout):
             raise PlaceError(f"When takes a probe or a Readout, not {type(probe).__name__}")
-        _check_number("a threshold", threshold)
+        threshold = _finite("a threshold is", threshold)
         if not isinstance(edit, Edit):
             raise PlaceError(f"When takes an Edit to apply, not {type(edit).__name__}")
         if any(isinstance(part, When) for part in _flat(edit)):
@@ -347,7 +348,7 @@ class When(Edit):
         for name, value in (
             ("place", edit.place),
             ("readout", readout),
-            ("threshold", float(threshold)),
+            ("threshold", threshold),
             ("edit", edit),
             ("meta", meta),
         ):
@@ -472,9 +473,16 @@ def _check_tensor(name: str, value: object, place: Place) -> None:
         )
 
 
-def _check_number(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise PlaceError(f"{name} is a finite number, not {value!r:.60}")
+def _finite(told: str, value: Any) -> float:
+    """A finite number, be it Python's, numpy's or a tensor [] without a gradient, as a float."""
+    number = math.nan
+    is_text = isinstance(value, str | bytes) or "bool" in str(getattr(value, "dtype", ""))
+    if not is_text and not getattr(value, "ndim", 0) and not getattr(value, "requires_grad", False):
+        with suppress(TypeError, ValueError, OverflowError, RuntimeError):
+            number = float(value)
+    if not math.isfinite(number):
+        raise PlaceError(f"{told} a finite number, not {value!r:.60}")
+    return number
 
 
 def _rowwise(found: Tensor) -> Tensor:
@@ -490,7 +498,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _filled(like: Tensor, number: float) -> Tensor:
-    return like.new_full((*like.shape[:-1], 1), number, requires_grad=False)
+    # Not in the dtype of a bfloat16 value, which would round the number.
+    return like.new_full((*like.shape[:-1], 1), number, dtype=wide(like.dtype), requires_grad=False)
 
 
 def described(value: object) -> str:
@@ -531,22 +540,30 @@ def _from_spec(spec: dict[str, Any], prefix: str, tensors: Values) -> Any:
     if kind is None:
         raise ArtifactError(f"unknown edit type {spec.get('type')!r}; known: {', '.join(_KINDS)}")
     made: dict[str, Any] = {}
-    for f in fields(kind):
-        if prefix + f.name in tensors:
-            made[f.name] = tensors[prefix + f.name]
-        elif f.name == "place":
-            made["place"] = Place.parse(spec["place"])
-        elif isinstance(spec.get(f.name), dict):
-            made[f.name] = _from_spec(spec[f.name], f"{prefix}{f.name}.", tensors)
-        elif isinstance(spec.get(f.name), list):
+    for f in fields(kind):  # what the class does not declare, and a meta in here, is not looked at
+        name, given = prefix + f.name, spec.get(f.name)
+        if f.type in (Tensor, Tensor | None) and name in tensors:
+            made[f.name] = tensors[name]
+        elif f.type is Place:
+            made[f.name] = Place.parse(spec[f.name])
+        elif f.type in (Edit, Readout) and isinstance(given, dict):
+            made[f.name] = _from_spec(given, f"{name}.", tensors)
+        elif f.type == tuple[Edit, ...] and isinstance(given, list):
             made[f.name] = tuple(
-                _from_spec(s, f"{prefix}{i}.", tensors) for i, s in enumerate(spec[f.name])
+                _from_spec(s, f"{prefix}{i}.", tensors) for i, s in enumerate(given)
             )
-        elif f.name in spec:
-            made[f.name] = spec[f.name]
+        elif f.type in (bool, float) and f.name in spec:
+            made[f.name] = _typed(f.name, given, f.type is bool)
     if kind is When:
         return When(made["readout"], made["threshold"], made["edit"])
     return kind(**made)
+
+
+def _typed(name: str, given: Any, is_bool: bool) -> bool | float:
+    if not isinstance(given, int | float) or isinstance(given, bool) != is_bool:
+        wanted = "true or false" if is_bool else "a number"
+        raise ArtifactError(f"{name} is {wanted}, not {given!r:.40}; fetch a fresh copy")
+    return given
 
 
 def _load(parts: Parts) -> Edit:

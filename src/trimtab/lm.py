@@ -720,7 +720,7 @@ def _places(record: Any) -> list[Place]:
 def _taps(model: Any, anatomy: Anatomy) -> Taps:
     """The model's taps: one set, however many LMs are made of it."""
     taps: Taps | None = getattr(anatomy.trunk, "_trimtab_taps", None)
-    if taps is None:
+    if taps is None or taps.anatomy.trunk is not anatomy.trunk:  # a copied model's are its source's
         taps = Taps(anatomy)
         object.__setattr__(anatomy.trunk, "_trimtab_taps", taps)
     elif taps.anatomy.taps != anatomy.taps:  # modules were replaced since, by an adapter say

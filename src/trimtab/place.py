@@ -4,6 +4,7 @@
     "norm@0: all"                  every layer
     "resid@-1 [[3, 5], [2]]"       explicit positions, one list per row
     "attn@4,7 prompt before"       what was there before an edit
+    "embed answer"                 the embeddings have no layers
 
 Layer i is the output of 0-based block i; negative layers count from the top. Positions count real
 tokens from the start of a row: padding never counts. ``answer`` begins at the *last prompt token*,
@@ -14,6 +15,7 @@ import ast
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +28,14 @@ SPANS = ("all", "prompt", "answer")
 FOREVER = 2**62  # the end of a span that grows while a model generates
 
 _GRAMMAR = re.compile(
-    r"\s*(?P<site>\w+)\s*@\s*(?P<layers>all|[-\d:,]+)\s*"
+    r"\s*(?P<site>\w+)\b\s*(?:@\s*(?P<layers>all|[-\d:,]+))?\s*"
     r"(?P<tokens>(?:all|prompt|answer)(?:\[[-\d:]+\])?|\[[\d\s,\[\]]*\])?\s*(?P<before>before)?\s*"
 )
+_NUMBER = r"\d{1,18}"  # what int() and int64 hold, whatever was typed
 _SLICE = re.compile(r"(?P<span>all|prompt|answer)(?:\[(?P<slice>[-\d:]+)\])?")
 
-LayerSpec = int | str | range | slice | Iterable[int]
-TokenSpec = str | Sequence[int] | Sequence[Sequence[int]]
+LayerSpec = int | str | range | slice | Iterable[int] | Tensor
+TokenSpec = str | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class Place:
     ``site`` is one of ``SITES``. ``layers`` takes an int, a range, a slice, a list or text such as
     ``"10:28"``, ``"3,5"``, ``"all"``, and is kept as text. ``tokens`` takes ``"all"``,
     ``"prompt"``, ``"answer"``, each with an optional slice, or positions: one list for every row,
-    or one list per row, each kept in ascending order. ``before`` names the value before an edit at
-    the same place (recordings only).
+    or one list per row, each in ascending order. ``before`` names the value before an edit at the
+    same place (recordings only). A whole place may also be given as one text. Raises PlaceError.
 
     >>> Place("resid", range(10, 28), "answer")
     Place('resid@10:28 answer')
@@ -59,6 +62,12 @@ class Place:
     def __init__(
         self, site: str, layers: LayerSpec = "all", tokens: TokenSpec = "all", before: bool = False
     ) -> None:
+        if isinstance(site, str) and "@" in site:
+            if (str(layers), str(tokens), before) != ("all", "all", False):
+                raise PlaceError(
+                    f"{site!r} is a whole place; give it alone, or change a part of it with .at()"
+                )
+            site, layers, tokens, before = _parts(site)
         if site not in SITES:
             raise PlaceError(f"no site {site!r}; a site is one of {', '.join(SITES)}")
         layers = "0" if site == "embed" else layers
@@ -70,16 +79,7 @@ class Place:
     @staticmethod
     def parse(place: "Place | str") -> "Place":
         """Read a place from its text form (a ``Place`` is returned as it is)."""
-        if isinstance(place, Place):
-            return place
-        match = _GRAMMAR.fullmatch(place) if isinstance(place, str) else None
-        if match is None:
-            raise PlaceError(
-                f"cannot read the place {place!r}; write site@layers tokens, "
-                'for example "resid@10:28 answer[:16]" or "norm@0: all"'
-            )
-        tokens = match["tokens"] or "all"
-        return Place(match["site"], match["layers"], tokens, match["before"] is not None)
+        return place if isinstance(place, Place) else Place(*_parts(place))
 
     def __str__(self) -> str:
         return f"{self.site}@{self.layers} {self.tokens}" + (" before" if self.before else "")
@@ -93,13 +93,14 @@ class Place:
         site: str | None = None,
         layers: LayerSpec | None = None,
         tokens: TokenSpec | None = None,
+        before: bool | None = None,
     ) -> "Place":
-        """The same place with another site, layers or tokens."""
+        """The same place with another site, layers, tokens or before."""
         return Place(
             site or self.site,
             self.layers if layers is None else layers,
             self.tokens if tokens is None else tokens,
-            self.before,
+            self.before if before is None else before,
         )
 
     def layer_indices(self, n_layers: int) -> tuple[int, ...]:
@@ -241,25 +242,29 @@ class Selection:
         return Selection(self.start[rows], self.stop[rows], self.step[rows], table)
 
 
+def _parts(text: object) -> tuple[str, str, str, bool]:
+    """The text of a place, taken apart: site, layers, tokens, before."""
+    match = _GRAMMAR.fullmatch(text) if isinstance(text, str) else None
+    if match is None or (match["layers"] is None and match["site"] != "embed"):
+        raise PlaceError(
+            f"cannot read the place {text!r:.80}; write site@layers tokens, "
+            'for example "resid@10:28 answer[:16]" or "norm@0: all"'
+        )
+    return match["site"], match["layers"] or "0", match["tokens"] or "all", bool(match["before"])
+
+
 def _layers_text(layers: LayerSpec) -> str:
-    if isinstance(layers, bool):
-        raise PlaceError(f"layers must be numbers, not {layers!r}")
-    if isinstance(layers, int):
-        return str(layers)
     if isinstance(layers, str):
         return _checked_layers(layers)
-    if isinstance(layers, slice | range):
-        if isinstance(layers, range) and len(layers) == 0:
-            raise PlaceError(f"{layers!r} holds no layer; give at least one")
-        step = 1 if layers.step is None else layers.step
-        if isinstance(layers, range) and (step < 0 or layers.start < 0):
-            return _layers_text(sorted(layers))
-        text = f"{_blank(layers.start or None)}:{_blank(layers.stop)}"
-        return _checked_layers(("0" + text if text.startswith(":") else text) + _step_text(step))
-    listed = list(layers) if isinstance(layers, Iterable) else []
-    if not listed or not all(isinstance(i, int) and not isinstance(i, bool) for i in listed):
+    if isinstance(layers, slice):
+        start, stop, step = (_blank(_plain(b)) for b in (layers.start, layers.stop, layers.step))
+        return _checked_layers(f"{start}:{stop}" + (f":{step}" if step not in ("", "1") else ""))
+    plain = _plain(layers)
+    listed = [_plain(i) for i in plain] if isinstance(plain, Iterable) else [plain]
+    if not listed or not all(type(i) is int for i in listed):
         raise PlaceError(
-            f"layers must be an int, a range, a slice or a list of ints, not {layers!r}"
+            "layers must be an int, or one int at least in a range, a slice or a list, "
+            f"not {layers!r:.60}"
         )
     ordered = sorted(set(listed))
     if len(ordered) > 1 and ordered[0] >= 0 and ordered == list(range(ordered[0], ordered[-1] + 1)):
@@ -271,12 +276,15 @@ def _checked_layers(text: str) -> str:
     text = text.replace(" ", "")
     if text in ("all", ":", "0:"):
         return "all"
-    for piece in text.split(","):
-        if not re.fullmatch(r"-?\d+|(-?\d+)?:(-?\d+)?(:0*[1-9]\d*)?", piece):
+    pieces = text.split(",")
+    for piece in pieces:
+        if not re.fullmatch(
+            rf"-?{_NUMBER}|(-?{_NUMBER})?:(-?{_NUMBER})?(:(?=0*[1-9]){_NUMBER})?", piece
+        ):
             raise PlaceError(
-                f'cannot read the layers {text!r}; write "3", "10:28", "2,5,9" or "all"'
+                f'cannot read the layers {text!r:.80}; write "3", "10:28", "2,5,9" or "all"'
             )
-    return text
+    return ",".join(f"0{piece}" if piece.startswith(":") else piece for piece in pieces)
 
 
 def _piece_indices(piece: str, n_layers: int, place: Place) -> list[int]:
@@ -298,43 +306,53 @@ def _slice_parts(text: str | None, spec: str) -> tuple[int | None, int | None, i
     if text is None:
         return None, None, 1
     parts = text.split(":")
-    if len(parts) > 3 or any(not re.fullmatch(r"-?\d*", p) or p == "-" for p in parts):
-        raise PlaceError(f"cannot read the slice in {spec!r}; write it as Python does, e.g. [:16]")
+    if len(parts) > 3 or not all(re.fullmatch(rf"(-?{_NUMBER})?", p) for p in parts):
+        raise PlaceError(
+            f"cannot read the slice in {spec!r:.80}; write it as Python does, e.g. [:16]"
+        )
     numbers = [int(p) if p else None for p in parts]
+    first = numbers[0] or None  # [0:16] is [:16]
     if len(numbers) == 1:
-        only = numbers[0]
-        if only is None:
-            raise PlaceError(
-                f"cannot read the slice in {spec!r}; write it as Python does, e.g. [:16]"
-            )
-        return only, (only + 1 if only != -1 else None), 1
+        only = int(parts[0])
+        return first, (only + 1 if only != -1 else None), 1
     step = numbers[2] if len(numbers) == 3 and numbers[2] is not None else 1
     if step < 1:
         raise PlaceError(f"the slice in {spec!r} steps by {step}; a step is 1 or more")
-    return numbers[0], numbers[1], step
+    return first, numbers[1], step
 
 
 def _positions(spec: object) -> tuple[tuple[int, ...], ...]:
-    wrong = PlaceError(
-        f"positions must be a list of ints (for every row) or one such list per row, not {spec!r}"
-    )
-    if not isinstance(spec, Sequence) or isinstance(spec, bytes):
-        raise wrong
-    rows = [spec] if not spec or isinstance(spec[0], int) else list(spec)
-    for row in rows:
-        if not isinstance(row, Sequence) or not all(type(i) is int for i in row):
-            raise wrong
-        if any(not 0 <= i < FOREVER for i in row) or len(set(row)) < len(row):
+    outer = _listed(spec)
+    flat = outer is not None and (not outer or isinstance(outer[0], int))
+    rows = [outer] if flat else [_listed(row) for row in outer or ()]
+    if outer is None or any(row is None or any(type(i) is not int for i in row) for row in rows):
+        raise PlaceError(
+            "positions must be a list of ints (for every row) or one such list per row, not "
+            f"{spec!r:.80}"
+        )
+    found = [tuple(row) for row in rows if row is not None]
+    for row in found:
+        if list(row) != sorted(set(row)) or any(not 0 <= i < FOREVER for i in row):
             raise PlaceError(
-                f"positions count from 0, from the start of a row, and stand once each, not "
-                f"{list(row)}"
+                "positions count from 0, from the start of a row, and stand once each in ascending "
+                f"order, not {list(row)!r:.80}; list them ascending, and in that order the values "
+                "of an edit that has one per token"
             )
-    return tuple(tuple(sorted(row)) for row in rows)
+    return tuple(found)
+
+
+def _listed(value: object) -> list[Any] | None:
+    """A sequence, an array or a tensor as a list of plain values; None for anything else."""
+    value = _plain(value)
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        return None
+    return [_plain(item) for item in value]
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch as Python's."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _blank(value: int | None) -> str:
     return "" if value is None else str(value)
-
-
-def _step_text(step: int) -> str:
-    return "" if step == 1 else f":{step}"

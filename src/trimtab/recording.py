@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trimtab.artifact import replace_folder
+from trimtab.artifact import replace_folder, user_path
 from trimtab.errors import ArtifactError, PlaceError
 from trimtab.place import Place
 
@@ -52,8 +52,9 @@ class Track:
 class Recording:
     """Activations of many examples at one place or several.
 
-    ``recording[place]`` narrows to one place, or to some layers of one; ``rows()`` are [T_i, L, D];
-    ``mean()`` and ``last()`` pool them to [B, L, D]; ``save`` and ``load`` go to disk and back.
+    ``recording[place]`` narrows to one place, or to some layers of one; ``rows()`` are [T_i, L, D],
+    ``recording[0]`` is one of them; ``mean()`` and ``last()`` pool them to [B, L, D]; ``save`` and
+    ``load`` go to disk and back.
 
     >>> rec = Recording.from_rows("resid@0:2", [torch.ones(3, 2, 4), torch.zeros(1, 2, 4)])
     >>> len(rec), rec.mean().shape
@@ -68,7 +69,11 @@ class Recording:
 
     @staticmethod
     def from_rows(place: Place | str, rows: Sequence[Tensor]) -> "Recording":
-        """A recording of tensors that you have already, one [T_i, L, D] per example."""
+        """A recording of tensors that you have already, one [T_i, L, D] per example.
+
+        An open end ("resid@4:") takes as many layers as the rows hold. Raises PlaceError for layers
+        counted from the top, or of another number than the rows'.
+        """
         place, rows = Place.parse(place), list(rows)
         wrong = [_shape(r) for r in rows if not _like(r, rows[0])]
         if wrong or not rows:
@@ -141,7 +146,18 @@ class Recording:
     def __repr__(self) -> str:
         return f"Recording({len(self)} rows at {', '.join(str(p) for p in self._tracks)})"
 
-    def __getitem__(self, place: Place | str) -> "Recording":
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.rows())
+
+    @overload
+    def __getitem__(self, place: Place | str) -> "Recording": ...
+
+    @overload
+    def __getitem__(self, place: SupportsIndex) -> Tensor: ...
+
+    def __getitem__(self, place: Place | str | SupportsIndex) -> "Recording | Tensor":
+        if isinstance(place, SupportsIndex):
+            return self.rows()[place]
         place = Place.parse(place)
         if place in self._tracks:
             return Recording({place: self._tracks[place]}, self.meta)
@@ -195,7 +211,7 @@ class Recording:
 
         A recording at that path is replaced; anything else there raises ArtifactError.
         """
-        target = Path(path)
+        target = user_path(path)
         if _visible(target) and not (target / INDEX_NAME).is_file():
             raise ArtifactError(
                 f"{target} exists and is not a recording; choose another folder or delete it"
@@ -221,7 +237,7 @@ class Recording:
     @staticmethod
     def load(path: str | Path) -> "Recording":
         """Open a recording, memory-mapped: tensors are read when they are used."""
-        folder = Path(path)
+        folder = user_path(path)
         index = _read_index(folder)
         layers = [tuple(entry["layers"]) for entry in index["places"]]
         done = [_read_shard(f, layers) for f in sorted(folder.glob(SHARDS))]
@@ -262,7 +278,7 @@ class ShardWriter:
         n_rows: int = 0,
         rank: int = 0,
     ) -> None:
-        self.folder, self.rank = Path(path), rank
+        self.folder, self.rank = user_path(path), rank
         self.index: dict[str, Any] = {
             "format": FORMAT,
             "complete": False,
@@ -361,16 +377,22 @@ def _join_chunks(chunks: list[Chunk]) -> Chunk:
 
 
 def _layers_of(place: Place, n: int) -> tuple[int, ...]:
-    """The layers of rows given by hand: by the place's own numbers where they fit."""
+    """The layers of rows given by hand: the place's own numbers, an open end as far as they go."""
     if place.layers == "all":
         return tuple(range(n))
-    try:
-        layers = place.layer_indices(10_000)
-    except PlaceError:
-        layers = ()
-    if len(layers) == n or "-" in place.layers or place.layers.endswith(":"):
-        return layers if len(layers) == n else tuple(range(n))
-    raise PlaceError(f"{str(place)!r} names {len(layers)} layers, but the rows hold {n}")
+    if "-" in place.layers:
+        raise PlaceError(
+            f"{str(place)!r} counts layers from the top, which needs a model's depth; give numbers "
+            f"from 0, for example {str(place.at(layers=range(n)))!r}"
+        )
+    start, *ends = place.layers.split(":")
+    if ends and not ends[0] and "," not in place.layers:
+        step = int(ends[1]) if len(ends) > 1 else 1
+        return tuple(range(int(start), int(start) + n * step, step))
+    layers = place.layer_indices(10_000)
+    if len(layers) != n:
+        raise PlaceError(f"{str(place)!r} names {len(layers)} layers, but the rows hold {n}")
+    return layers
 
 
 def _cut(chunks: list[Chunk]) -> Iterator[list[Chunk]]:
