@@ -2,8 +2,8 @@
 
     python benchmarks/compiled.py [float32 | bfloat16]
 
-Batch 1. The text must be the eager one's, and the number of graphs must not grow over 20 changes of
-edit. Compiling takes about a minute.
+Batch 1. The text must be the eager one's (where it parts from it, at a tie within the dtype's
+rounding), and the number of graphs must not grow over 20 changes of edit. Compiling takes a minute.
 """
 
 import sys
@@ -21,6 +21,25 @@ BUDGETS = {"float32": 1.15, "bfloat16": 1.4}
 def main() -> None:
     for dtype in sys.argv[1:] or BUDGETS:
         compare(dtype)
+
+
+def gap_at_first_difference(
+    lm: tt.LM, batch: tt.Batch, edit: tt.Edit, a: list[int], b: list[int]
+) -> float:
+    """How clear the choice was where two texts part: 0 if they never do.
+
+    The gap between the two most likely tokens, in units of the dtype's rounding of the larger
+    logit. Two ways of rounding may part at a tie, and only there.
+    """
+    where = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    if where is None:
+        return 0.0
+    print(f"  the texts part at token {where} of {len(a)}")
+    ids = torch.cat([batch.ids, torch.tensor([a[:where]], dtype=torch.long)], 1)
+    with torch.no_grad():
+        logits = lm(tt.Batch(ids, prompt_len=batch.prompt_len), edits=edit).logits[0, -1]
+    first, second = logits.float().topk(2).values.tolist()
+    return (first - second) / (torch.finfo(logits.dtype).eps * abs(first))
 
 
 def compare(dtype: str) -> None:
@@ -41,7 +60,7 @@ def compare(dtype: str) -> None:
     eager_ids = lm.generate_ids(batch, steered, TOKENS)
     lm.compile()
     compiled_ids = lm.generate_ids(batch, steered, TOKENS)
-    same = sum(a == b for a, b in zip(eager_ids[0], compiled_ids[0], strict=False))
+    gap = gap_at_first_difference(lm, batch, steered, eager_ids[0], compiled_ids[0])
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for i in range(20):
         changed = None if i == 7 else edit(0.001 * i - 0.01)
@@ -57,7 +76,7 @@ def compare(dtype: str) -> None:
     ratio = times["plain transformers generate"] / times["lm.generate, compiled and steered"]
     rows = [
         check(f"{dtype}: plain / compiled and steered", ratio, BUDGETS[dtype], at_least=True),
-        check(f"{dtype}: same ids as eager", same / len(eager_ids[0]), 1.0, at_least=True),
+        check(f"{dtype}: top-2 gap at the first other token, in roundings", gap, 2, at_least=False),
         check(f"{dtype}: new graphs over 20 edits", grown, 0, at_least=False),
     ]
     save(f"compiled-{dtype}", rows)
