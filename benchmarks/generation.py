@@ -15,14 +15,14 @@ from common import best_of, check, save
 import trimtab as tt
 from trimtab.merge import Edits
 
-TOKENS = 16  # short turns, many of them: the machine's own noise comes in waves
+TOKENS = 48
 PROMPT = "Write a long story about a dog that crosses a mountain range in winter."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    repeats = 3 if parser.parse_args().quick else 14
+    repeats = 2 if parser.parse_args().quick else 6
     plain = tt.models.load("smollm2-135m", dtype="float32")[0]
     lm = tt.LM.load("smollm2-135m", dtype="float32")
     save("generation", [row for size in (1, 8) for row in compare(plain, lm, size, repeats)])
