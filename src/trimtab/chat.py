@@ -98,6 +98,11 @@ class Batch:
         """[B] how many real tokens each row has."""
         return self.mask.sum(1)
 
+    @property
+    def positions(self) -> Tensor:
+        """[B, T] the position of each real token in its row, from 0; 0 for padding."""
+        return (self.mask.cumsum(1) - 1).clamp_min(0)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return Batch(self.ids.to(device), self.mask.to(device), self.prompt_len.to(device))

@@ -107,9 +107,8 @@ class Static:
         self.mask = torch.ones(rows, size, dtype=torch.long, device=batch.ids.device)
         self.mask[:, :width] = batch.mask  # the causal mask hides what is not written yet
         self.next = batch.lengths
-        positions = (batch.mask.cumsum(1) - 1).clamp_min(0)
         with torch.no_grad(), self.lm.taps.carry(call, self.lm.waits):
-            out = self.lm.forward(batch.ids, batch.mask, positions, cache=self.cache, keep=1)
+            out = self.lm.forward(batch.ids, batch.mask, batch.positions, cache=self.cache, keep=1)
         self.slots = self.compiled.slots_for(call, rows)
         self.slots.clear()
         self.written: dict[int, Any] = {}

@@ -110,8 +110,7 @@ class Eager:
         self.call, self.mask = call, batch.mask
         self.next = batch.lengths  # the position of the next token
         self.cache: Any = DynamicCache(config=self.lm.text_config)
-        positions = (batch.mask.cumsum(1) - 1).clamp_min(0)
-        return self._run(batch.ids, positions)
+        return self._run(batch.ids, batch.positions)
 
     def step(self, tokens: Tensor) -> Tensor:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)

@@ -234,9 +234,8 @@ class LM:
         call = self._call(batch, edits, lengths)
         for place in _places(record):
             self._add_reader(call, place, batch.prompt_len.tolist(), lengths)
-        positions = (batch.mask.cumsum(1) - 1).clamp_min(0)
         with self.taps.carry(call, self.waits):
-            out = self.forward(batch.ids, batch.mask, positions)
+            out = self.forward(batch.ids, batch.mask, batch.positions)
         return Run(out.logits, call, self)
 
     def forward(
@@ -633,11 +632,10 @@ class LM:
     def _score(self, batch: Batch, edits: Edits) -> Tensor:
         call = self._call(batch, edits, batch.lengths.tolist())
         longest = int((batch.lengths - batch.prompt_len).max())
-        positions = (batch.mask.cumsum(1) - 1).clamp_min(0)
         wanted = any(v.requires_grad for step in call.steps for v in step.values.values())
         grad = torch.is_grad_enabled() and wanted
         with torch.set_grad_enabled(grad), self.taps.carry(call, self.waits):
-            out = self.forward(batch.ids, batch.mask, positions, keep=longest + 1)
+            out = self.forward(batch.ids, batch.mask, batch.positions, keep=longest + 1)
         logits = out.logits[:, -longest - 1 : -1].float()
         labels = batch.ids[:, -longest:]
         columns_ = torch.arange(longest, 0, -1, device=labels.device)
