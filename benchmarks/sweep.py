@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import common
 import torch
 
-import common
 import trimtab as tt
 
 LAYERS = range(5, 22)
@@ -99,9 +99,7 @@ def main() -> None:
     print(f"{equal} of {len(scales) * len(few)} texts are equal to the reference's")
     report = [
         common.check("one patched model per scale / sweep", single / ours, 3.0, at_least=True),
-        common.check(
-            "the same, prompts as one batch / sweep", batched / ours, 0.9, at_least=True
-        ),
+        common.check("the same, prompts as one batch / sweep", batched / ours, 0.9, at_least=True),
         common.check("equal texts", equal / (len(scales) * len(few)), 0.97, at_least=True),
     ]
     common.save("sweep", report)

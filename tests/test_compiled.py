@@ -7,6 +7,7 @@ import torch
 
 import model_zoo
 import trimtab as tt
+from trimtab.compiled import fits, lasting
 
 pytestmark = pytest.mark.slow  # compiling takes seconds even for tiny models
 
@@ -84,8 +85,29 @@ def test_no_graph_is_added_by_another_edit(pair):
 def test_what_does_not_fit_into_slots_runs_as_without(pair):
     eager, compiled = pair
     w = unit(1, eager.width)
-    for edit in (tt.Project("resid@2", w), tt.Replace("resid@1 answer[3:4]", w)):
+    pairs = 2 * unit(1, eager.width)[:, None].repeat(1, 3, 1)
+    attend = tt.Attend("resid@2", pairs, pairs)
+    for edit in (tt.Project("resid@2", w), tt.Replace("resid@1 answer[3:4]", w), attend):
         assert compiled.generate_ids(batch(1), edit, 8) == eager.generate_ids(batch(1), edit, 8)
+
+
+def test_what_touches_the_prompt_alone_is_of_any_kind(pair):
+    """A controller at the prompt runs compiled, beside additions that last, and adds no graph."""
+    eager, compiled = pair
+    w = unit(4, eager.width)
+    pairs = torch.stack([unit(4, eager.width, seed=s) for s in range(3)], 1)
+    last, more = tt.Add("resid@0:4 answer", 2 * w), tt.Attend("resid@0:4 prompt", pairs, 2 * pairs)
+    compiled.generate_ids(batch(3), last, 4)
+    before = graphs()
+    for edits in (more, more + last, [more, last, tt.Project("resid@1 [0, 2]", w[:1])]):
+        expected = eager.generate_ids(batch(3), edits, 8)
+        assert compiled.generate_ids(batch(3), edits, 8) == expected
+        assert expected != eager.generate_ids(batch(3), None, 8)
+        call = compiled._call(batch(3), edits)
+        assert fits(call) and len(lasting(call)) < len(call.steps)
+    assert graphs() == before
+    everywhere = compiled._call(batch(3), tt.Attend("resid@0:4", pairs, pairs))
+    assert fits(compiled._call(batch(3), more)) and not fits(everywhere)
 
 
 def test_two_compiled_streams_take_turns(pair):

@@ -148,17 +148,17 @@ def test_streaming_is_in_memory(monkeypatch, tmp_path, method, normalize):
     monkeypatch.setattr(solvers.Tokens, "_read", lambda own: reads.append(1) or read(own))
     rec = Recording.load(tmp_path / "rec")
     tt.concepts.fit_recording(rec, labels, **options)
-    assert len(reads) == L  # each layer once
+    assert len(reads) == 1  # narrow layers are read together, once
     monkeypatch.setattr(solvers, "IN_MEMORY", 100)
     monkeypatch.setattr(solvers, "BLOCK", 16)
     reads.clear()
     streamed = tt.concepts.fit_recording(rec, labels, **options)
-    assert len(reads) > L  # the control: these tokens were really read again
+    assert len(reads) > 5  # the control: these tokens were really read again
     cosine = torch.nn.functional.cosine_similarity(streamed.weight, held.weight, dim=-1)
-    assert float(cosine.min()) > 0.9998
+    assert float(cosine.min()) > 0.99999
     for name in FITTED:
         near = (
-            {"rtol": 1e-4, "atol": 1e-5} if method != "logistic" else {"rtol": 0.05, "atol": 0.05}
+            {"rtol": 1e-4, "atol": 1e-5} if method != "logistic" else {"rtol": 0.01, "atol": 0.01}
         )
         torch.testing.assert_close(getattr(streamed, name), getattr(held, name), **near)
 
@@ -300,24 +300,34 @@ def test_badly_scaled_tokens(scale, caplog):
     assert not caplog.records
 
 
-def test_more_directions_than_the_subspace_holds(monkeypatch, caplog):
+def test_an_ill_conditioned_fit_takes_several_hessians(monkeypatch, caplog):
     random = np.random.default_rng(0)
     x = random.normal(size=(400, 1, 60)) * np.logspace(0, 2, 60)
     y = (x[:, 0] @ (random.normal(size=60) / np.logspace(0, 2, 60)) > 0.3).astype(float)
-    rows = list(torch.from_numpy(x).float()[:, None])
-    weight, _, _ = optimum(torch.cat(rows).double().numpy(), y, 1.0, bias=True)
-    monkeypatch.setattr(solvers, "DIRECTIONS", 24)
-    probe = tt.concepts.fit_recording(
-        recorded(rows, place="resid@1"), y, "logistic", normalize=False
-    )
-    assert cosine(probe.weight, weight).min() > 0.9995
-    assert not caplog.records
+    rec = recorded(list(torch.from_numpy(x).float()[:, None]), place="resid@1")
+    weight, _, _ = optimum(x, y, 1.0, bias=True)
+    made = []
+    init = solvers._Newton.__init__
+    monkeypatch.setattr(solvers._Newton, "__init__", lambda *a: made.append(1) or init(*a))
+    probe = tt.concepts.fit_recording(rec, y, "logistic", normalize=False)
+    assert cosine(probe.weight, weight).min() > 0.9999
+    assert len(made) > 1 and not caplog.records
     monkeypatch.setattr(solvers, "ROUNDS", 3)
-    early = tt.concepts.fit_recording(
-        recorded(rows, place="resid@1"), y, "logistic", normalize=False
-    )
+    early = tt.concepts.fit_recording(rec, y, "logistic", normalize=False)
     assert cosine(early.weight, weight).min() < 0.99  # the control
     assert "1 of 1 logistic fits had not settled after 3 rounds" in caplog.text
+
+
+def test_gram_is_the_weighted_second_moment(monkeypatch):
+    monkeypatch.setattr(solvers, "BLOCK", 30)
+    x, w = torch.randn(90, 2, 200), torch.rand(2, 90).double()
+    rec = recorded(list(x[:, None]), place="resid@1:3")
+    tokens = next(solvers.in_groups(rec, torch.ones(90), unit=False))
+    held = tokens.held[0].double()
+    found = tokens.gram(w[: tokens.layers])[0]
+    wanted = held.T @ (held * w[0, :, None])
+    torch.testing.assert_close(found.tril(), wanted.tril(), rtol=1e-4, atol=1e-3)
+    assert float((found.tril() - (held.T @ held).tril()).abs().max()) > 1  # the control
 
 
 def test_separable_and_silent_layers():

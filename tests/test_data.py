@@ -425,3 +425,31 @@ def test_split_edges():
     assert data.split(examples[:2]) == (examples[:2], [])
     with pytest.raises(TrimtabError, match="held_out is 1"):
         data.split(examples, 1)
+
+
+def test_bag_of_words_is_a_classifier_of_words():
+    from sklearn.metrics import roc_auc_score
+
+    told = ["a fine day", "fine work", "so fine", "a grim day", "grim work", "so grim"]
+    train = [Example("p", text, float("fine" in text)) for text in told]
+    test = [Example("q", text, float("fine" in text)) for text in ("fine!", "a fine FINE", "grim")]
+    assert data.bag_of_words(train, test) == (1.0, 1.0)
+    turned = [Example("q", e.completion, 1 - e.label) for e in test]
+    assert data.bag_of_words(train, turned) == (0.0, 0.0)  # the control
+    unknown = [Example("q", text, label) for text, label in (("day", 1.0), ("work", 0.0))]
+    found = data.bag_of_words(train, [*test, *unknown])
+    assert 0.5 < found.accuracy < 1 and found.auroc <= roc_auc_score([1, 0, 1], [1, 0, 1])
+
+
+def test_bag_of_words_of_what_tells_nothing():
+    one, other = Example("p", "yes", 1.0), Example("q", "no", 0.0)
+    assert is_no_number(data.bag_of_words([one], [other]))
+    assert is_no_number(data.bag_of_words([one, other], []))
+    single = data.bag_of_words([one, other], [one])
+    assert single.accuracy == 1.0 and single.auroc != single.auroc
+    blank = [Example("p", "?", label) for label in (0.0, 1.0)]
+    assert data.bag_of_words(blank, blank) == (0.5, 0.5)
+
+
+def is_no_number(floor):
+    return floor.accuracy != floor.accuracy and floor.auroc != floor.auroc

@@ -111,10 +111,74 @@ def test_project_removes_and_clamps():
     torch.testing.assert_close(half, (x + removed) / 2)
 
 
+def test_attend_mixes_values_by_nearness():
+    """One pair is an addition in units of the activation's size; a far better key wins alone."""
+    x, size = noise(2, 5, D), noise(2, 5, D).square().mean(-1, keepdim=True).sqrt()
+    one = tt.Attend("resid@1", noise(1, 1, D, seed=2), noise(1, 1, D, seed=3))
+    torch.testing.assert_close(applied(one, x), x + size * one.value[0, 0])
+    key = torch.stack([100 * x[0, 0] / size[0, 0], -100 * x[0, 0] / size[0, 0]])[None]
+    two = tt.Attend("resid@1", key, noise(1, 2, D, seed=4))
+    wanted = x[0, 0] + size[0, 0] * two.value[0, 0]
+    torch.testing.assert_close(applied(two, x)[0, 0], wanted)
+    swapped = replace(two, value=two.value.flip(1))
+    assert float((applied(swapped, x)[0, 0] - wanted).abs().max()) > 0.1
+    torch.testing.assert_close(applied(two, 7 * x), 7 * applied(two, x))  # a dose, at any size
+
+
+def test_low_rank_is_a_linear_map():
+    x, edit = noise(2, 5, D), tt.LowRank("resid@1", noise(1, 3, D, seed=2), noise(1, 3, D, seed=3))
+    matrix = torch.eye(D) + edit.key[0].T @ edit.value[0]
+    torch.testing.assert_close(applied(edit, x), x @ matrix)
+    assert int(torch.linalg.matrix_rank(matrix - torch.eye(D))) == 3
+
+
+@pytest.mark.parametrize("kind", [tt.Attend, tt.LowRank])
+def test_learned_pairs_of_several_rows(kind):
+    """Rows with pairs of their own, of equal and of other numbers, and of other layers."""
+    x = noise(4, 5, D)
+    edits = [
+        kind("resid@1", noise(1, 3, D, seed=1), noise(1, 3, D, seed=2)),
+        kind("resid@0:3 answer", noise(3, 3, D, seed=3), noise(3, 3, D, seed=4)),
+        None,
+        add() + kind("resid@1 [0, 3]", noise(1, 6, D, seed=5), noise(1, 6, D, seed=6)),
+    ]
+    for layer in range(L):
+        together = applied(edits, x, layer, [3] * 4)
+        for i, edit in enumerate(edits):
+            torch.testing.assert_close(together[i : i + 1], applied(edit, x[i : i + 1], layer, [3]))
+    wrong = applied([edits[1], *edits[:1], *edits[2:]], x, 1, [3] * 4)
+    assert float((wrong[:2] - applied(edits, x, 1, [3] * 4)[:2]).abs().max()) > 0.1
+    assert len(merge([edits[0]] * 2 + [replace(edits[0], value=-edits[0].value)] * 2,
+                     [5] * 4, [5] * 4, L, D)) == 1  # fmt: skip
+    both = spread(edits[0] + tt.Add("resid@1", noise(1, 4, D)), 4)
+    assert [type(part) for part in both[2].parts()] == [kind, tt.Add]
+
+
+@pytest.mark.parametrize("kind", [tt.Attend, tt.LowRank])
+def test_what_is_no_pair_says_so(kind):
+    pairs = noise(1, 3, D)
+    for key, value in ((pairs, noise(1, 2, D)), (noise(1, D), noise(1, D)), (pairs[:, :0],) * 2):
+        with pytest.raises(
+            PlaceError, match=r"of one shape \[layers, pairs, width\], not a tensor"
+        ):
+            kind("resid@1", key, value)
+    with pytest.raises(PlaceError, match="3 values that are NaN or infinite"):
+        kind("resid@1", pairs, torch.full_like(pairs, math.nan)[..., :1].expand(1, 3, 1))
+    with pytest.raises(PlaceError, match="2 layers"):
+        merge(kind("resid@1", noise(2, 3, D), noise(2, 3, D)), [5], [5], L, D)
+    with pytest.raises(PlaceError, match=r"width 6 \(shape.*width is 8; .*another model"):
+        merge(kind("resid@1", noise(1, 3, 6), noise(1, 3, 6)), [5], [5], L, D)
+    narrow = kind("resid@1", noise(1, D, 1), noise(1, D, 1))  # as many numbers as fit by chance
+    with pytest.raises(PlaceError, match="width 1"):
+        merge(narrow, [5], [5], L, D)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(
     "edit",
     [
+        tt.Attend("resid@1", noise(1, 3, D), noise(1, 3, D)),
+        tt.LowRank("resid@1", noise(1, 3, D), noise(1, 3, D)),
         add(),
         add(keep_norm=True),
         add(relative=True),
@@ -197,6 +261,9 @@ def test_scaling_and_differences():
         tt.Project("resid@1", noise(1, D)),
         add() + add(seed=3),
         tt.When(readout(), 0.0, add()),
+        tt.Attend("resid@1", noise(1, 3, D), noise(1, 3, D)),
+        tt.LowRank("resid@1", noise(1, 3, D), noise(1, 3, D)),
+        tt.When(readout(), 0.0, tt.Attend("resid@1", noise(1, 3, D), noise(1, 3, D))),
     ],
 )
 def test_strength_zero_is_no_edit(edit):
@@ -455,6 +522,8 @@ def everything():
         tt.When(readout(), 0.5, a),
         tt.When(readout(mean=noise(1, D)), 0.5, a + add(seed=4)),
         a + tt.When(readout(), 0.25, add(seed=5)),
+        tt.Attend("resid@1", noise(1, 3, D), noise(1, 3, D, seed=1), meta=meta),
+        tt.LowRank("resid@1", noise(1, 3, D), noise(1, 3, D, seed=1), meta=meta),
     ]
 
 

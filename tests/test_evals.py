@@ -387,7 +387,11 @@ def test_tuning_stays_within_its_bounds_and_is_stored(lm, probe, tmp_path):
     assert loaded.edit().place == found.edit.place
     assert loaded.meta.scores["tuned"]["effect"] == best.effect
     assert not torch.equal(loaded.edit(scale=2.0).delta, found.edit.delta)
-    assert probe.guidance is None
+    # The loaded probe is an edit by itself; one that was not tuned says that it is none.
+    assert lm.generate(PROMPTS, loaded, 6) == answers != plain
+    assert lm.generate(PROMPTS[:2], [loaded, None], 6) == [answers[0], plain[1]]
+    with pytest.raises(tt.PlaceError, match="was not tuned"):
+        lm.generate(PROMPTS, probe, 6)
 
 
 def test_a_tighter_bound_gives_a_smaller_ratio(lm, probe):

@@ -166,6 +166,8 @@ def edits_of_all_kinds(site="resid", layers=(1, 2), seed=0):
         "replace half": tt.Replace(at("all"), v(n, k=9), strength=0.5),
         "project": tt.Project(at("all"), v(n, k=10)),
         "clamp": tt.Project(at("answer"), v(n, k=11), to=2.0, strength=0.5),
+        "attend": tt.Attend(at("all"), v(n, 5, k=12), v(n, 5, k=13)),
+        "low rank": tt.LowRank(at("all[1:]"), 0.3 * v(n, 3, k=14), v(n, 3, k=15)),
     }
 
 
@@ -335,6 +337,7 @@ def test_no_edit_is_the_plain_model_to_the_bit(name):
         [None] * 3,
         [],
         *(0 * kinds[k] for k in ("add", "keep_norm", "relative", "replace", "project", "clamp")),
+        *(0 * kinds[k] for k in ("attend", "low rank")),
         0.0 * (kinds["add"] + kinds["project"]),
         [None, 0 * kinds["both"], None],
         tt.Add("resid@all", torch.zeros(L, D), keep_norm=True),
@@ -358,7 +361,14 @@ def hand_written():
     """Pairs (edit at a place, the same as a function of x [B, T, D]), on the prompt's tokens."""
     a, b, c, u = (noise(1, D, seed=i) for i in range(4))
     rows, each = noise(1, 3, D, seed=5), noise(1, 1, 9, D, seed=6)
+    keys, values = 0.3 * noise(1, 4, D, seed=7), noise(1, 4, D, seed=8)
     unit = u / length(u)
+
+    def attended(x):
+        size = length(x) / D**0.5
+        scores = torch.einsum("btd,nd->btn", x / size, keys[0]).exp()
+        mixed = torch.einsum("btn,nd->btd", scores / scores.sum(-1, keepdim=True), values[0])
+        return x + size * mixed
 
     def kept(x, new):
         return new * length(x) / length(new)
@@ -385,6 +395,8 @@ def hand_written():
         ),
         (lambda p: tt.Replace(p, b), lambda x: b.expand_as(x)),
         (lambda p: tt.Add(p, each), by_position),
+        (lambda p: tt.Attend(p, keys, values), attended),
+        (lambda p: tt.LowRank(p, keys, values), lambda x: x + (x @ keys[0].T) @ values[0]),
     ]
 
 

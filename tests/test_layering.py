@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "trimtab"
 
 FLOORS = [
-    {"errors", "place", "edits", "merge", "recording", "artifact", "solvers", "inductor"},
+    {"errors", "place", "edits", "merge", "recording", "artifact", "journal"}
+    | {"solvers", "inductor"},
     {"anatomy", "taps"},
     {"chat", "models", "lm", "decode", "harvest", "compiled"},
     {"concepts", "selfcontrol", "prefix", "latentqa"},

@@ -24,6 +24,8 @@ _NAMES = {
     "Add": "edits",
     "Replace": "edits",
     "Project": "edits",
+    "Attend": "edits",
+    "LowRank": "edits",
     "When": "edits",
     "Readout": "edits",
     "Recording": "recording",
@@ -38,12 +40,25 @@ _NAMES = {
 }
 
 if TYPE_CHECKING:
-    from trimtab import artifact, chat, concepts, data, edits, errors, models, place, recording
+    from trimtab import (
+        artifact,
+        chat,
+        concepts,
+        data,
+        edits,
+        errors,
+        evals,
+        models,
+        place,
+        prefix,
+        recording,
+        selfcontrol,
+    )
     from trimtab.artifact import Meta
     from trimtab.chat import Batch
     from trimtab.concepts import Probe
     from trimtab.data import Example
-    from trimtab.edits import Add, Edit, Project, Readout, Replace, When
+    from trimtab.edits import Add, Attend, Edit, LowRank, Project, Readout, Replace, When
     from trimtab.errors import ArtifactError, BusyError, ChatError, PlaceError, TrimtabError
     from trimtab.lm import LM, Piece, Run
     from trimtab.place import Place
@@ -53,11 +68,13 @@ __all__ = [
     "LM",
     "Add",
     "ArtifactError",
+    "Attend",
     "Batch",
     "BusyError",
     "ChatError",
     "Edit",
     "Example",
+    "LowRank",
     "Meta",
     "Piece",
     "Place",
@@ -77,10 +94,13 @@ __all__ = [
     "data",
     "edits",
     "errors",
+    "evals",
     "load",
     "models",
     "place",
+    "prefix",
     "recording",
+    "selfcontrol",
 ]
 
 

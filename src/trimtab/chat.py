@@ -44,6 +44,7 @@ separated by a blank line; the prompt ends with `Answer:`.
 # Texts put before a piece so that it is tokenised as the inside of a text; tried in order, because
 # a tokenizer may merge one of them with the start of the piece.
 _ANCHORS = ("\n", ":", "x")
+_MARKS = ("[[ANSWER 1]]", "[[ANSWER 2]]")  # stand-ins for answers, to find their places
 
 
 class Encoded(NamedTuple):
@@ -51,6 +52,13 @@ class Encoded(NamedTuple):
 
     ids: list[int]
     prompt_len: int
+
+
+class Layout(NamedTuple):
+    """A conversation as token ids, and where each message's content stands: [start, end)."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -157,6 +165,107 @@ def encode(
     return _encode_chat(tokenizer, _with_system(tokenizer, messages, system), answer)
 
 
+def layout(
+    tokenizer: PreTrainedTokenizerBase | None,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    system: str | None = None,
+    prompt: bool = False,
+    answer: bool = False,
+) -> Layout:
+    """Token ids of a whole conversation, and which of them are each message's content.
+
+    The contents are found by the tokenizer's own offsets: a token that holds a character of a
+    content belongs to it. `prompt` ends the ids with the template's generation prompt; otherwise
+    they end as the template ends its last message. With `answer` no token straddles the start of
+    the last content: what stands before it is tokenised as if the model were about to write it.
+    `system` is as in `encode`, and has no span. Raises ChatError, also without offsets.
+    """
+    _check(tokenizer, None, system)
+    assert tokenizer is not None
+    real = _messages(messages)
+    marked = [{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(real)]
+    if not tokenizer.is_fast:
+        raise ChatError(f"{type(tokenizer).__name__} has no offsets: load the fast tokenizer")
+    text, frame = (
+        _render(tokenizer, _with_system(tokenizer, m, system), prompt) for m in (real, marked)
+    )
+    where = _contents(text, frame, [m["content"] for m in real], [m["content"] for m in marked])
+    ids, offsets = _ids_and_offsets(tokenizer, text)
+    if answer:  # spaces before an answer belong to it, as in `encode`
+        where[-1] = len(text[: where[-1][0]].rstrip(" ")), where[-1][1]
+        ids, offsets = _parted(tokenizer, text, where[-1][0])
+    return Layout(ids, [_covering(offsets, start, end) for start, end in where])
+
+
+def _contents(
+    text: str, frame: str, contents: list[str], marks: list[str]
+) -> list[tuple[int, int]]:
+    """Where the contents stand in `text`, given the same text with marks in their places."""
+    cursor, found = 0, []
+    ends = [frame.find(mark) for mark in marks]
+    tails = [
+        frame[end + len(mark) : after if after >= 0 else None]
+        for end, mark, after in zip(ends, marks, [*ends[1:], -1], strict=True)
+    ]
+    cursor = ends[0]
+    for content, tail in zip(contents, tails, strict=True):
+        forms = (content, content.strip(), content.lstrip(), content.rstrip())
+        last = len(found) + 1 == len(contents)
+        fits = (f for f in forms if text.startswith(f + tail, cursor))
+        form = next((f for f in fits if not last or cursor + len(f + tail) == len(text)), None)
+        if form is None or min(ends) < 0:
+            raise ChatError(
+                f"the chat template does not write {_shown(content)} as it is: give the message "
+                "another role, or text without the template's own marks"
+            )
+        found.append((cursor, cursor + len(form)))
+        cursor += len(form) + len(tail)
+    return found
+
+
+def _ids_and_offsets(
+    tokenizer: PreTrainedTokenizerBase, text: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids as `encode` makes them, and the characters of each; a BOS in front has none."""
+    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, offsets = list(made["input_ids"]), [(int(a), int(b)) for a, b in made["offset_mapping"]]
+    if tokenizer.chat_template:  # a template writes its own BOS, PLAIN does not
+        return ids, offsets
+    front = _ids_with_bos(tokenizer, text)
+    front = front[: len(front) - len(ids)]
+    return front + ids, [(0, 0)] * len(front) + offsets
+
+
+def _parted(
+    tokenizer: PreTrainedTokenizerBase, text: str, at: int
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and offsets of a text in which no token straddles character `at`."""
+    joint, offsets = _ids_and_offsets(tokenizer, text)
+    front, front_offsets = _ids_and_offsets(tokenizer, text[:at])
+    if joint[: len(front)] == front:
+        return joint, offsets
+    for anchor in (*_ANCHORS, ""):
+        made = tokenizer(
+            anchor + text[at:], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        head = _ids(tokenizer, anchor) if anchor else []
+        if list(made["input_ids"])[: len(head)] == head:
+            break
+    rest, moved = list(made["input_ids"])[len(head) :], made["offset_mapping"][len(head) :]
+    shift = at - len(anchor)
+    return front + rest, front_offsets + [(int(a) + shift, int(b) + shift) for a, b in moved]
+
+
+def _covering(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """The tokens that hold a character of [start, end)."""
+    held = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+    if held:
+        return held[0], held[-1] + 1
+    at = next((i for i, (a, _) in enumerate(offsets) if a >= start), len(offsets))
+    return at, at
+
+
 def pad(rows: Sequence[Encoded], pad_id: int, *, side: Literal["left", "right"] = "left") -> Batch:
     """Rows of several lengths as one Batch, filled with `pad_id` on one side (mask 0 there)."""
     if side not in ("left", "right"):
@@ -199,6 +308,33 @@ def decode_token(tokenizer: PreTrainedTokenizerBase | None, token: int) -> str:
     _check(tokenizer, None, None)
     assert tokenizer is not None
     return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+
+def follow_up(
+    tokenizer: PreTrainedTokenizerBase | None, question: str, words: Sequence[str]
+) -> tuple[list[int], list[list[int]]]:
+    """What stands between an answer and the next one, with a user's question there.
+
+    Ids from the end of an answer to where the template begins the next (a template with thoughts
+    writes a finished answer, without one), and the ids of each of `words` as that next answer.
+    They go after the exact ids of a prompt and its answer. Raises ChatError.
+    """
+    _check(tokenizer, None, None)
+    assert tokenizer is not None
+    roles, texts = ("user", "assistant") * 2, ("Hello.", _MARKS[0], question, _MARKS[1])
+    turns = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+    text = _render(tokenizer, turns, prompt=False)
+    start, end = text.find(_MARKS[0]) + len(_MARKS[0]), text.rfind(_MARKS[1])
+    if _MARKS[0] not in text or end < start:
+        raise ChatError("the chat template does not show earlier answers; give it one that does")
+    head = text[start:end].rstrip(" ")  # a space before a word belongs to the word's first token
+    gap, ids = text[start + len(head) : end], _ids_inside(tokenizer, head)
+    joint = [_ids_inside(tokenizer, head + gap + word) for word in words]
+    apart = [_ids_inside(tokenizer, gap + word) for word in words]
+    found: list[list[int]] = [
+        j[len(ids) :] if j[: len(ids)] == ids else a for j, a in zip(joint, apart, strict=True)
+    ]
+    return ids, found
 
 
 # -- text to ids ----------------------------------------------------------------------------------

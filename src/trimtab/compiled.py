@@ -8,6 +8,7 @@ a batch size, a cache length and a set of sites; ``lm.compile()`` says what it c
 
 import logging
 import threading
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,16 +71,17 @@ class Compiled:
         cache.reset()
         return cache
 
-    def slots_for(self, call: Call, rows: int) -> Slots:
-        """Slots with room for this call's edits; those of an earlier call where they have it.
+    def slots_for(self, steps: list[Step], rows: int) -> Slots:
+        """Slots with room for these edits; those of an earlier run where they have it.
 
         At least one edit at ``resid``, so that one graph serves no edit and most edits.
         """
-        depth = max((len(steps) for steps in call.writes.values()), default=0)
+        writes = Counter((step.site, layer) for step in steps for layer in step.layers)
+        depth = max(writes.values(), default=0)
         for slots in self.slots:
-            if slots.rows == rows and slots.depth >= depth and call.writes.keys() <= slots.keys:
+            if slots.rows == rows and slots.depth >= depth and writes.keys() <= slots.keys:
                 return slots
-        sites = {"resid", *(step.site for step in call.steps)}
+        sites = {"resid", *(step.site for step in steps)}
         keys = tuple(key for key in self.lm.anatomy.taps if key[0] in sites)
         slots = Slots(keys, max(depth, 1), rows, self.lm.width, self.lm.device)
         self.slots.append(slots)
@@ -109,7 +111,8 @@ class Static:
         self.next = batch.lengths
         with torch.no_grad(), self.lm.taps.carry(call, self.lm.waits):
             out = self.lm.forward(batch.ids, batch.mask, batch.positions, cache=self.cache, keep=1)
-        self.slots = self.compiled.slots_for(call, rows)
+        self.steps = lasting(call)
+        self.slots = self.compiled.slots_for(self.steps, rows)
         self.slots.clear()
         self.written: dict[int, Any] = {}
         logits: Tensor = out.logits[:, -1].float()
@@ -133,7 +136,7 @@ class Static:
         """Write this column's edits into the slots, where they differ from the last column's."""
         positions = self.call.clock.positions(self.column, 1)
         depth: dict[Key, int] = {}
-        for number, step in enumerate(self.call.steps):
+        for number, step in enumerate(self.steps):
             where = {layer: depth.get((step.site, layer), 0) for layer in step.layers}
             for layer in step.layers:
                 depth[step.site, layer] = where[layer] + 1
@@ -193,6 +196,20 @@ def _cpu_options() -> dict[str, Any]:
 
 
 def fits(call: Call) -> bool:
-    """Whether a call's edits can live in slots: additions, without conditions or readings."""
-    plain = all(isinstance(s.edit, Add) and s.gate is None for s in call.steps)
+    """Whether a call's edits can live in slots: additions, without conditions or readings.
+
+    What touches the prompt alone is of any kind: the prompt's pass is not compiled.
+    """
+    plain = all(isinstance(s.edit, Add) and s.gate is None for s in lasting(call))
     return plain and not call.readers
+
+
+def lasting(call: Call) -> list[Step]:
+    """The steps of a call that can touch tokens after its prompts."""
+
+    def lasts(step: Step) -> bool:
+        chosen, lengths = step.selection, call.clock.lengths
+        listed = chosen.table is not None and bool((chosen.table >= lengths[:, None]).any())
+        return listed or bool((chosen.stop > torch.maximum(chosen.start, lengths)).any())
+
+    return [step for step in call.steps if lasts(step)]

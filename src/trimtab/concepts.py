@@ -4,10 +4,10 @@ After von Rütte et al. 2024 (arXiv 2402.14433). Knows recordings, labels and di
 text. Letters: L layers, D width, N tokens, B rows.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from trimtab.edits import Add, Readout, wide
 from trimtab.errors import ArtifactError, PlaceError
 from trimtab.lm import LM
 from trimtab.place import LayerSpec, Place, TokenSpec
-from trimtab.recording import Recording
+from trimtab.recording import Chunk, Recording, Track
 from trimtab.solvers import (
     Tokens,
     auroc,
@@ -50,7 +50,8 @@ class Probe:
     ``sigmoid(gain (x.weight) + bias)``; with ``mean`` [L, D] the token is first centred and brought
     to unit length. ``accuracy`` and ``heldout_accuracy`` [L]: the fraction of tokens read right,
     averaged per row, then over rows. ``heldout_auroc`` [L]: how often ``predict`` ranks a held-out
-    positive row above a negative one. NaN where nothing was held out.
+    positive row above a negative one. NaN where nothing was held out. ``guidance`` holds the
+    arguments of ``edit`` that tuning chose (``tt.evals.tune``), if it was tuned.
     """
 
     place: Place
@@ -63,6 +64,7 @@ class Probe:
     heldout_accuracy: Tensor
     heldout_auroc: Tensor
     meta: Meta = field(default_factory=Meta)
+    guidance: Mapping[str, Any] | None = None
 
     def __repr__(self) -> str:
         best = self.layers[int(self.accuracy.argmax())]
@@ -82,7 +84,7 @@ class Probe:
         narrowed: dict[str, Any] = {name: getattr(self, name)[where] for name in PARTS}
         mean = None if self.mean is None else self.mean[where]
         place = self.place.at(layers=chosen)
-        return replace(self, place=place, layers=chosen, mean=mean, **narrowed)
+        return replace(self, place=place, layers=chosen, mean=mean, guidance=None, **narrowed)
 
     def predict(self, recording: Recording) -> Tensor:
         """The mean probability over each row's tokens, [B, L].
@@ -112,11 +114,16 @@ class Probe:
         ``dose`` instead of ``scale`` is a fraction of each activation's own length, which carries
         over between layers and models. Either is one number or one per layer; a negative one steers
         away. ``layers``: given, else the ``top_layers`` with the best accuracy on the training
-        rows. ``keep_norm``: x' = |x| (x + a w) / |x + a w|, the paper's form.
+        rows. ``keep_norm``: x' = |x| (x + a w) / |x + a w|, the paper's form. A tuned probe asked
+        for nothing of this steers by its ``guidance``.
         """
-        if dose is not None and (not isinstance(scale, float) or scale != 16.0):
+        scaled = not isinstance(scale, float) or scale != 16.0
+        others = (layers, top_layers, keep_norm, dose, tokens) != (None, 16, True, None, "all")
+        if self.guidance is not None and not scaled and not others:
+            return replace(self, guidance=None).edit(**self.guidance)
+        if dose is not None and scaled:
             raise PlaceError("scale= and dose= both say how strongly to steer; give one of them")
-        chosen = self._best(top_layers) if layers is None else self._indices(layers)
+        chosen = self.best_layers(top_layers) if layers is None else self._indices(layers)
         direction = self.weight[self._where(chosen)].float()
         length = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
         direction = direction / length.clamp_min(1e-30)
@@ -131,6 +138,18 @@ class Probe:
         made_by = {"from": "probe", **self.meta.made_by}
         meta = replace(self.meta, made_by=made_by)
         return Add(place, delta, keep_norm=keep_norm, relative=dose is not None, meta=meta)
+
+    def as_edit(self) -> Add:
+        """What this probe stands for as an argument ``edits``: its tuned edit.
+
+        Raises PlaceError where it was not tuned.
+        """
+        if self.guidance is None:
+            raise PlaceError(
+                "this probe was not tuned, so it does not say how strongly to steer: give "
+                "probe.edit(dose=0.02), or tune it (tt.evals.tune, trimtab tune)"
+            )
+        return self.edit()
 
     def named(self, name: str) -> "Probe":
         """The same probe under a name."""
@@ -147,10 +166,13 @@ class Probe:
         scores = {n: json_list(getattr(self, n)) for n in ("accuracy", *shown)}
         scores |= dict(self.meta.scores)
         meta = replace(self.meta, scores=scores)
-        save(path, Parts("probe", meta, str(self.place), {"layers": list(self.layers)}, tensors))
+        extra: dict[str, Any] = {"layers": list(self.layers)}
+        if self.guidance is not None:
+            extra["guidance"] = dict(self.guidance)
+        save(path, Parts("probe", meta, str(self.place), extra, tensors))
 
-    def _best(self, count: int) -> tuple[int, ...]:
-        """The layers with the best training accuracy, ascending."""
+    def best_layers(self, count: int) -> tuple[int, ...]:
+        """The ``count`` layers with the best training accuracy, ascending."""
         if count < 1:
             raise PlaceError(f"top_layers is 1 or more, not {count!r}")
         if count < len(self.layers) and not bool(torch.isfinite(self.accuracy).all()):
@@ -194,6 +216,185 @@ class Probe:
         return torch.einsum("nld,ld->nl", x, self.weight.to(x.dtype)) * self.gain + self.bias
 
 
+@dataclass(frozen=True, eq=False)
+class HeadProbe:
+    """A concept's direction in each attention head, read where the output projection begins.
+
+    Letters: H heads, d their width. ``weight`` and ``mean`` [L, H, d]; ``gain``, ``bias``,
+    ``accuracy``, ``heldout_accuracy`` and ``heldout_auroc`` [L, H]: as of a ``Probe``, one for each
+    head. ``flat`` is that probe of L H rows.
+    """
+
+    place: Place
+    layers: tuple[int, ...]
+    n_heads: int
+    flat: Probe
+
+    def __repr__(self) -> str:
+        (best,) = self.best_heads(1)
+        told = f"best layer {best[0]}, head {best[1]}: {float(self.accuracy.max()):.3f}"
+        return f"HeadProbe({self.meta.name or 'unnamed'} at {self.place}, {told})"
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in PARTS:
+            raise AttributeError(f"a HeadProbe has no {name!r}; it has {', '.join(PARTS)}")
+        return self._split(getattr(self.flat, name))
+
+    @property
+    def mean(self) -> Tensor | None:
+        """What tokens are centred by, [L, H, d], or None where they are not."""
+        return None if self.flat.mean is None else self._split(self.flat.mean)
+
+    @property
+    def meta(self) -> Meta:
+        """Name, model and origin."""
+        return self.flat.meta
+
+    def predict(self, recording: Recording) -> Tensor:
+        """The mean probability over each row's tokens, [B, L, H]; see ``Probe.predict``."""
+        if (recording.place.site, recording.layers) != (self.place.site, self.layers):
+            raise PlaceError(
+                f"this probe reads {self.place.site} at layers {list(self.layers)}; the recording "
+                f"holds {recording.place.site} at {list(recording.layers)}"
+            )
+        read = self.flat.predict(_by_head(recording, self.n_heads))
+        return self._split(read.T).movedim(-1, 0)
+
+    def best_heads(self, count: int) -> list[tuple[int, int]]:
+        """The ``count`` pairs (layer, head) with the best training accuracy, best first."""
+        if count < 1:
+            raise PlaceError(f"top_heads is 1 or more, not {count!r}")
+        order = self.flat.accuracy.argsort(descending=True, stable=True)[:count].tolist()
+        return [(self.layers[i // self.n_heads], i % self.n_heads) for i in order]
+
+    @torch.no_grad()
+    def edit(
+        self,
+        lm: LM,
+        scale: float = 16.0,
+        *,
+        top_heads: int = 16,
+        heads: Iterable[tuple[int, int]] | None = None,
+        tokens: TokenSpec = "all",
+    ) -> Add:
+        """The edit that adds ``scale`` times the unit direction to the output of some heads.
+
+        Inference-time intervention (Li et al. 2023, arXiv 2306.03341), without its factor of the
+        activations' deviation. The output projection is linear, so a shift of its input is the
+        projected shift of what attention returns: an ``Add`` at site "attn". ``heads``: pairs
+        (layer, head), else the ``top_heads`` with the best training accuracy.
+        """
+        check_model(self.meta, lm.describe())
+        if self.place.site != "heads":
+            raise PlaceError(
+                f"this probe reads heads of site {self.place.site!r}; what heads return is read at "
+                'site "heads": fit one there to steer by it'
+            )
+        chosen = sorted(set(self.best_heads(top_heads) if heads is None else heads))
+        known = {(i, h) for i in self.layers for h in range(self.n_heads)}
+        if wrong := [pair for pair in chosen if pair not in known] or not chosen:
+            raise PlaceError(
+                f"this probe has no heads {wrong if chosen else []}; it has layers "
+                f"{list(self.layers)}, each with heads 0..{self.n_heads - 1}, as (layer, head)"
+            )
+        shift = torch.zeros_like(self.weight)
+        for layer, head in chosen:
+            row = self.layers.index(layer), head
+            length = torch.linalg.vector_norm(self.weight[row])
+            shift[row] = float(scale) * self.weight[row] / length.clamp_min(1e-30)
+        layers = sorted({layer for layer, _ in chosen})
+        delta = [_projected(lm, i, shift[self.layers.index(i)].flatten()) for i in layers]
+        place = Place("attn", layers, tokens)
+        made_by = {"from": "head-probe", **self.meta.made_by, "heads": [list(p) for p in chosen]}
+        return Add(place, torch.stack(delta), meta=replace(self.meta, made_by=made_by))
+
+    def named(self, name: str) -> "HeadProbe":
+        """The same probe under a name."""
+        return replace(self, flat=self.flat.named(name))
+
+    def untied(self) -> "HeadProbe":
+        """The same probe without the model that it was made for."""
+        return replace(self, flat=self.flat.untied())
+
+    def save(self, path: str | Path) -> None:
+        """Write the probe as an artifact folder (see ``tt.load``)."""
+        tensors = {n: t for n in (*PARTS, "mean") if (t := getattr(self, n)) is not None}
+        extra = {"layers": list(self.layers), "heads": self.n_heads}
+        save(path, Parts("head-probe", self.meta, str(self.place), extra, tensors))
+
+    def _split(self, values: Tensor) -> Tensor:
+        """Values [L H, ...] as [L, H, ...]."""
+        return values.reshape(len(self.layers), self.n_heads, *values.shape[1:])
+
+
+def _by_head(recording: Recording, n_heads: int) -> Recording:
+    """The same tokens with each head as a layer of its own: rows [T_i, L H, d] (views)."""
+    if n_heads < 1 or recording.width % n_heads:
+        raise PlaceError(
+            f"a width of {recording.width} at {recording.place.site} does not fall into {n_heads} "
+            "heads; record the site heads, and give the number of attention heads of its model"
+        )
+    count = len(recording.layers) * n_heads
+    chunks = [
+        Chunk(c.index, c.lengths, c.values.unflatten(-1, (n_heads, -1)).flatten(1, 2))
+        for c in recording.chunks()
+    ]
+    place = recording.place.at(layers=range(count))
+    return Recording({place: Track(tuple(range(count)), chunks)}, recording.meta)
+
+
+def _projected(lm: LM, layer: int, shift: Tensor) -> Tensor:
+    """What a shift of the output projection's input, [H d], does to its output, [D]."""
+    projection, _ = lm.anatomy.tap("heads", layer)
+    weight = next(projection.parameters())
+    moved = torch.stack([shift, torch.zeros_like(shift)]).to(weight.device, lm.model.dtype)[None]
+    ends: Tensor = projection(moved)[0].float().cpu()  # a module knows its own layout and bias
+    return ends[0] - ends[1]
+
+
+class _FitOptions(TypedDict, total=False):
+    l2: float
+    held_out: float
+    seed: int
+    name: str | None
+    batch_size: int
+    show_progress: bool
+
+
+class _RecordingOptions(TypedDict, total=False):
+    l2: float
+    held_out: float
+    groups: Sequence[Any] | None
+    seed: int
+    device: str | torch.device | None
+
+
+@overload
+def fit(
+    lm: LM,
+    examples: Sequence[Any],
+    place: Place | str = ...,
+    method: Method = ...,
+    *,
+    normalize: bool = ...,
+    per_head: Literal[True],
+    **options: Unpack[_FitOptions],
+) -> HeadProbe: ...
+
+
+@overload
+def fit(
+    lm: LM,
+    examples: Sequence[Any],
+    place: Place | str = ...,
+    method: Method = ...,
+    *,
+    normalize: bool = ...,
+    per_head: Literal[False] = ...,
+    **options: Unpack[_FitOptions],
+) -> Probe: ...
+
+
 def fit(
     lm: LM,
     examples: Sequence[Any],
@@ -201,18 +402,19 @@ def fit(
     method: Method = "mean",
     *,
     normalize: bool = True,
+    per_head: bool = False,
     l2: float = 1.0,
     held_out: float = 0.2,
     seed: int = 0,
     name: str | None = None,
     batch_size: int = 32,
     show_progress: bool = True,
-) -> Probe:
+) -> Probe | HeadProbe:
     """Learn a concept from examples with ``prompt``, ``completion`` and ``label``.
 
     Records the examples at ``place`` and fits one probe per layer. A fraction ``held_out`` of the
-    *prompts* is kept aside for ``heldout_accuracy`` and ``heldout_auroc``. For the rest see
-    ``fit_recording``.
+    *prompts* is kept aside for ``heldout_accuracy`` and ``heldout_auroc``. ``per_head`` (at site
+    "heads") takes the number of heads from the model's config. For the rest see ``fit_recording``.
     """
     examples = list(examples)
     if wrong := [e for e in examples if not hasattr(e, "label") or not hasattr(e, "prompt")]:
@@ -224,34 +426,53 @@ def fit(
     _signed(labels, len(labels))  # these two raise before the work of recording
     _check_options(method, l2)
     recording = lm.record(examples, place, batch_size=batch_size, show_progress=show_progress)
-    probe = fit_recording(
-        recording,
-        labels,
-        method=method,
-        normalize=normalize,
-        l2=l2,
-        held_out=held_out,
-        groups=[e.prompt for e in examples],
-        seed=seed,
-        device=lm.device if lm.device.type == "cuda" else "cpu",
-    )
-    made_by = probe.meta.made_by | {"examples": len(examples)}
-    return replace(probe, meta=Meta(name, lm.describe(), made_by, probe.meta.scores))
+    options: _RecordingOptions = {
+        "l2": l2,
+        "held_out": held_out,
+        "groups": [e.prompt for e in examples],
+        "seed": seed,
+        "device": lm.device if lm.device.type == "cuda" else "cpu",
+    }
+    n_heads = lm.text_config.num_attention_heads if per_head else None
+    flat = _fit(recording, labels, method, normalize, n_heads, **options)
+    made_by = flat.meta.made_by | {"examples": len(examples)}
+    flat = replace(flat, meta=Meta(name, lm.describe(), made_by, flat.meta.scores))
+    return _headed(flat, recording, n_heads)
 
 
-@torch.no_grad()
+@overload
+def fit_recording(
+    recording: Recording,
+    labels: Sequence[float] | Tensor,
+    method: Method = ...,
+    normalize: bool = ...,
+    *,
+    per_head: int,
+    **options: Unpack[_RecordingOptions],
+) -> HeadProbe: ...
+
+
+@overload
+def fit_recording(
+    recording: Recording,
+    labels: Sequence[float] | Tensor,
+    method: Method = ...,
+    normalize: bool = ...,
+    *,
+    per_head: None = ...,
+    **options: Unpack[_RecordingOptions],
+) -> Probe: ...
+
+
 def fit_recording(
     recording: Recording,
     labels: Sequence[float] | Tensor,
     method: Method = "mean",
     normalize: bool = True,
     *,
-    l2: float = 1.0,
-    held_out: float = 0.0,
-    groups: Sequence[Any] | None = None,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-) -> Probe:
+    per_head: int | None = None,
+    **options: Unpack[_RecordingOptions],
+) -> Probe | HeadProbe:
     """Fit one probe per layer on a recording; all tokens of a row carry its label.
 
     ``method`` "mean": the difference of the class means, brought to unit length (for graded labels,
@@ -268,8 +489,36 @@ def fit_recording(
 
     Rows of one group (by default each its own) lie on one side of the split; rows without a token
     teach nothing. Sums run on ``device`` (default: where the recording lies); what is larger than
-    memory is read again for each pass. Raises PlaceError for labels that do not fit.
+    memory is read again for each pass. ``per_head``: that many heads share the width (of site
+    "heads"), and each gets its own probe. Raises PlaceError for labels that do not fit.
     """
+    return _headed(
+        _fit(recording, labels, method, normalize, per_head, **options), recording, per_head
+    )
+
+
+def _headed(flat: Probe, recording: Recording, n_heads: int | None) -> Probe | HeadProbe:
+    if n_heads is None:
+        return flat
+    return HeadProbe(recording.place, recording.layers, n_heads, flat)
+
+
+@torch.no_grad()
+def _fit(
+    recording: Recording,
+    labels: Sequence[float] | Tensor,
+    method: Method,
+    normalize: bool,
+    n_heads: int | None,
+    *,
+    l2: float = 1.0,
+    held_out: float = 0.0,
+    groups: Sequence[Any] | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+) -> Probe:
+    """The probe of each layer, or of each head of each layer, as if they were layers."""
+    recording = recording if n_heads is None else _by_head(recording, n_heads)
     _check_options(method, l2)
     y = _signed(labels, len(recording))
     listed = list(range(len(y)) if groups is None else groups)
@@ -430,11 +679,37 @@ def _load(parts: Parts) -> Probe:
         raise ArtifactError(f"this probe lacks some of {', '.join(needed)}; fetch a fresh copy")
     values: dict[str, Any] = {name: t[name] for name in needed} | {"mean": t.get("mean")}
     place, layers = Place.parse(parts.place), tuple(parts.extra["layers"])
-    probe = Probe(place=place, layers=layers, meta=parts.meta, **values)
+    guidance = _guidance(parts.extra.get("guidance"))
+    probe = Probe(place=place, layers=layers, meta=parts.meta, guidance=guidance, **values)
     shapes = {tuple(values[name].shape) for name in needed[1:]} | {(len(probe.readout.weight),)}
     if shapes != {(len(layers),)}:
         raise ArtifactError(f"this probe names {len(layers)} layers, but holds shapes {shapes}")
     return probe
+
+
+def _load_heads(parts: Parts) -> HeadProbe:
+    layers, heads = parts.extra["layers"], parts.extra["heads"]
+    tensors = {name: t.flatten(0, 1) for name, t in parts.tensors.items()}
+    if parts.place is None or tensors["gain"].shape != (len(layers) * heads,):
+        raise ArtifactError(
+            f"this probe names {len(layers)} layers of {heads} heads, but holds a gain of "
+            f"{list(parts.tensors['gain'].shape)}"
+        )
+    place = Place.parse(parts.place)
+    rows = list(range(len(layers) * heads))
+    flat = Parts("probe", parts.meta, str(place.at(layers=rows)), {"layers": rows}, tensors)
+    return HeadProbe(place, tuple(layers), heads, _load(flat))
+
+
+def _guidance(found: Any) -> dict[str, Any] | None:
+    """The arguments of ``edit`` that an artifact holds: layers, tokens and a dose."""
+    if found is None:
+        return None
+    wanted = {"layers": list, "tokens": str, "dose": int | float}
+    fits = isinstance(found, dict) and set(found) == set(wanted)
+    if not fits or not all(isinstance(found[k], kind) for k, kind in wanted.items()):
+        raise ArtifactError(f"this probe's guidance is {found!r:.80}; tune it again")
+    return dict(found)
 
 
 def _read_release(tensors: dict[str, Tensor], file: Path) -> Probe | None:
@@ -461,4 +736,5 @@ def _read_release(tensors: dict[str, Tensor], file: Path) -> Probe | None:
 
 
 register("probe", _load)
+register("head-probe", _load_heads)
 register_foreign(_read_release)

@@ -152,12 +152,14 @@ def columns(
     max_new_tokens: int,
     copies: int = 1,
     stop: Callable[[int, list[int]], bool] | None = None,
+    engine: Engine | None = None,
 ) -> Iterator[Column]:
     """Decode ``copies`` answers for each row of the batch; row r's copies are r*copies + 0, 1, ...
 
     A row ends with one of the model's end tokens, or when ``stop(row, its tokens so far)`` says so.
+    ``engine`` runs the passes (default: the model's own).
     """
-    engine = lm.engine(call)
+    engine = lm.engine(call) if engine is None else engine
     try:
         yield from _columns(lm, engine, batch, call, sampling, max_new_tokens, copies, stop)
     finally:

@@ -111,7 +111,10 @@ class Edit:
         raise NotImplementedError
 
     def values(self) -> Values:
-        """The edit's tensors, each [L, D'], [L, B, D'] or [L, B, N, D'] with D' = D or 1."""
+        """The edit's tensors, each [L, D'], [L, B, D'] or [L, B, N, D'].
+
+        D' is 1, or ``vectors`` times D.
+        """
         raise NotImplementedError
 
     def acts(self) -> Tensor:
@@ -126,6 +129,11 @@ class Edit:
     def narrow(self) -> bool:
         """Whether values are used in the activation's own dtype rather than in float32."""
         return False
+
+    @property
+    def vectors(self) -> int:
+        """How many vectors of width D each of the ``values`` holds, one after the other."""
+        return 1
 
     def condition(self) -> "tuple[Readout, float] | None":
         """The readout and threshold that must hold for the edit to apply, if any."""
@@ -266,6 +274,92 @@ class Project(Edit):
 
 
 @dataclass(frozen=True, eq=False)
+class _Learned(Edit):
+    """Learned pairs of a key and a value: ``x' = x + sum_j weight_j(x.key) value_j``.
+
+    ``key`` and ``value`` are [L, N, D]: N pairs at each layer, the same for every row and token.
+    """
+
+    key: Tensor
+    value: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("key", "value"):
+            _check_tensor(name, getattr(self, name), self.place)
+        if self.key.dim() != 3 or self.key.shape != self.value.shape or not self.key.shape[1]:
+            raise PlaceError(
+                f"{type(self).__name__} takes a key and a value of one shape [layers, pairs, "
+                f"width], not {described(self.key)} and {described(self.value)}"
+            )
+
+    def scaled(self, factor: float) -> Self:
+        return replace(self, value=self.value * factor)
+
+    def row(self, number: int) -> Edit:
+        return replace(self, place=_row_of_place(self.place, number))
+
+    def family(self) -> Hashable:
+        return type(self), self.vectors
+
+    @property
+    def vectors(self) -> int:
+        return self.key.shape[1]
+
+    def values(self) -> Values:
+        return {"key": self.key.flatten(1), "value": self.value.flatten(1)}
+
+    def acts(self) -> Tensor:
+        if self.key.requires_grad or self.value.requires_grad:
+            return torch.ones(self.value.shape[0], 1, dtype=torch.bool)
+        return (self.value.flatten(1) != 0).any(-1, keepdim=True)
+
+    def _pairs(self, v: Values) -> tuple[Tensor, Tensor]:
+        """Keys [B, D, N] and values [B, N, D] of rows; [D, N] and [N, D] where all share them."""
+        key, value = (v[name].view(-1, *self.key.shape[1:]) for name in ("key", "value"))
+        return (key[0].T, value[0]) if len(key) == 1 else (key.mT, value)
+
+
+@dataclass(frozen=True, eq=False)
+class Attend(_Learned):
+    """Attend to learned keys and values: ``x' = x + |x| softmax(q.K) V`` (a prefix controller).
+
+    ``key`` K and ``value`` V are [L, N, D]. The query is the activation itself at a root mean
+    square of 1, q = x / |x| with |x| its root mean square: a key holds what a query projection
+    would add. Values are fractions of the activation's own size (doses), so that one learning rate
+    serves all layers. V = 0 is the closed gate of LLaMA-Adapter (arXiv 2303.16199).
+
+    >>> Attend("resid@0:2", torch.randn(2, 4, 8), torch.zeros(2, 4, 8)).vectors
+    4
+    """
+
+    def values(self) -> Values:
+        root = math.sqrt(self.key.shape[-1])  # so that |x| can be the length, which costs less
+        return {"key": self.key.flatten(1) * root, "value": self.value.flatten(1) / root}
+
+    def write(self, x: Tensor, v: Values) -> Tensor:
+        old, (key, value) = x.to(wide(x.dtype)), self._pairs(v)
+        size = torch.linalg.vector_norm(old, dim=-1, keepdim=True)
+        size = size.clamp_min(torch.finfo(torch.float32).tiny)
+        weight = (old @ key / size).softmax(-1)
+        return torch.addcmul(old, weight @ value, size).to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(_Learned):
+    """A linear map of rank N beside the activation: ``x' = x + (x.K) V``, as in LoRA.
+
+    ``key`` K (LoRA's A) and ``value`` V (LoRA's B, transposed) are [L, N, D]. Unlike LoRA inside a
+    weight matrix it acts on the residual stream, so it needs no module of its own and every row of
+    a batch has its own.
+    """
+
+    def write(self, x: Tensor, v: Values) -> Tensor:
+        old, (key, value) = x.to(wide(x.dtype)), self._pairs(v)
+        return (old + old @ key @ value).to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
 class Readout:
     """A linear reading of an activation: ``sigmoid(gain (x.w) + bias)``, one number per token.
 
@@ -391,6 +485,10 @@ class When(Edit):
     def narrow(self) -> bool:
         return self.edit.narrow
 
+    @property
+    def vectors(self) -> int:
+        return self.edit.vectors
+
     def write(self, x: Tensor, v: Values) -> Tensor:
         return self.edit.write(x, v)
 
@@ -513,7 +611,7 @@ def described(value: object) -> str:
 # --- as an artifact -------------------------------------------------------------------------------
 
 _KINDS: dict[str, type[Any]] = {
-    c.__name__.lower(): c for c in (Add, Replace, Project, When, Sum, Readout)
+    c.__name__.lower(): c for c in (Add, Replace, Project, Attend, LowRank, When, Sum, Readout)
 }
 
 

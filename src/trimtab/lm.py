@@ -23,7 +23,7 @@ from trimtab.decode import Column, Eager, Engine, Sampling, columns
 from trimtab.edits import Edit, Readout
 from trimtab.errors import ChatError, PlaceError
 from trimtab.harvest import fits_trees, harvest
-from trimtab.merge import Edits, merge, spread
+from trimtab.merge import Edits, as_edits, merge, spread
 from trimtab.place import FOREVER, Place, Selection, Tokens
 from trimtab.recording import Recording
 from trimtab.taps import Call, Clock, Reader, Taps
@@ -258,6 +258,7 @@ class LM:
 
     def _call(self, batch: Batch, edits: Edits, lengths: Sequence[int] | None = None) -> Call:
         """A call for this batch; without ``lengths`` its rows go on growing."""
+        edits = as_edits(edits)
         self._check_edits(edits)
         prompt_len = batch.prompt_len.tolist()
         ends = [FOREVER] * len(batch) if lengths is None else lengths
@@ -296,6 +297,7 @@ class LM:
         if isinstance(edits, str | Place):
             places = [[("place", Place.parse(edits))]] * len(rows)
         else:
+            edits = as_edits(edits)
             self._call(chat.pad(rows, chat.pad_id(self.tokenizer)), edits)
             own = [edits] * len(rows) if isinstance(edits, Edit) else edits or [None] * len(rows)
             parts = [edit.parts() if edit is not None else [] for edit in own]
@@ -578,6 +580,7 @@ class LM:
         for one in places:
             for layer in self._layers(one):
                 self.anatomy.tap(one.site, layer)
+        edits = as_edits(edits)
         self._check_edits(edits)
         with self.taps.held(self.waits):
             return harvest(
@@ -602,7 +605,7 @@ class LM:
     def score(
         self,
         prompts: Any,
-        answers: Any,
+        answers: Any = None,
         edits: Edits = None,
         *,
         batch_size: int = 32,
@@ -611,10 +614,14 @@ class LM:
     ) -> Tensor:
         """Mean log-probability per answer token, [B].
 
+        Without ``answers``, ``prompts`` holds them: a Batch, Examples or (prompt, answer) pairs.
         Differentiable with respect to edits that require gradients, and only then. Rows whose
         answer holds no token raise ChatError.
         """
-        rows = self._encode(prompts, answers, raw=raw, system=system)
+        if answers is None:
+            rows = self._encode_examples(prompts, raw, system)
+        else:
+            rows = self._encode(prompts, answers, raw=raw, system=system)
         empty = [i for i, row in enumerate(rows) if len(row.ids) == row.prompt_len]
         if empty:
             raise ChatError(f"rows {empty[:8]} have an empty answer; a score needs tokens")

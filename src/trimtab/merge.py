@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -45,12 +45,21 @@ def merge(
     return steps
 
 
+def as_edits(edits: Any) -> Any:
+    """The same, with what has an ``as_edit`` of its own, such as a tuned probe, turned into it."""
+    if isinstance(edits, list | tuple):
+        return [as_edits(edit) for edit in edits]
+    own = getattr(edits, "as_edit", None)
+    return edits if own is None else own()
+
+
 def spread(edits: "Edits", n_rows: int) -> "Edits":
     """The same edits, as one for all rows or a list, so that rows can be taken out of order.
 
     An edit that holds values or positions for each of ``n_rows`` rows becomes one edit per row.
     Raises PlaceError where edits do not fit so many rows.
     """
+    edits = as_edits(edits)
     if not isinstance(edits, Edit):
         _rows(edits, n_rows)  # raises
         return edits or None
@@ -106,7 +115,7 @@ class Step:
     def apply(self, x: Tensor, layer: int, mask: Tensor | None, order: Tensor | None) -> Tensor:
         """The edit at one layer; ``mask`` [B, T] chooses tokens (None = all of them)."""
         values, rows = self._at(layer, x)
-        if order is not None:
+        if order is not None and self.counts is not None:
             values = {name: _look_up(v, order) for name, v in values.items()}
         new = self.edit.write(x, values)
         if rows is not None:
@@ -359,7 +368,8 @@ def _fit(
     value: Tensor, edit: Edit, row: int | None, n_layers: int, n_rows: int, width: int
 ) -> Tensor:
     """Check a value against the run and bring it to [L, B or 1, (N,) D']."""
-    _check_layers(value, n_layers, edit.place, type(edit).__name__, width)
+    whole = width * edit.vectors
+    _check_layers(value, n_layers, edit.place, type(edit).__name__, whole, edit.vectors)
     if value.dim() == 2:
         return value[:, None]
     wanted = (1,) if row is not None else (1, n_rows)
@@ -374,14 +384,16 @@ def _fit(
 
 def _check_width(values: Values, edit: Edit, width: int) -> None:
     """A number per token ([L, 1]) may stand beside a vector, never in place of one."""
-    if all(v.shape[-1] != width for v in values.values()):
+    if all(v.shape[-1] != width * edit.vectors for v in values.values()):
         raise PlaceError(
             f"{type(edit).__name__} at {str(edit.place)!r} has width 1, but this model's width is "
             f"{width}; spread the number over a vector of that width"
         )
 
 
-def _check_layers(value: Tensor, n_layers: int, place: Place, what: str, width: int | None) -> None:
+def _check_layers(
+    value: Tensor, n_layers: int, place: Place, what: str, width: int | None, vectors: int = 1
+) -> None:
     if value.shape[0] != n_layers:
         raise PlaceError(
             f"{what} at {str(place)!r} holds {value.shape[0]} layers (shape "
@@ -390,8 +402,9 @@ def _check_layers(value: Tensor, n_layers: int, place: Place, what: str, width: 
         )
     if width is not None and value.shape[-1] not in (1, width):
         raise PlaceError(
-            f"{what} at {str(place)!r} has width {value.shape[-1]} (shape {list(value.shape)}), "
-            f"but this model's width is {width}; was it made for another model?"
+            f"{what} at {str(place)!r} has width {value.shape[-1] // vectors} (shape "
+            f"{list(value.shape)}), but this model's width is {width // vectors}; was it made for "
+            "another model?"
         )
 
 

@@ -2,7 +2,7 @@
 
 Knows tensors and recordings; knows neither concepts nor models. Logistic regressions, a first
 principal component, AUROC. Products are float32, long sums float64.
-Letters: l layers, N tokens, D width, K directions.
+Letters: l layers, N tokens, D width.
 """
 
 import logging
@@ -17,9 +17,10 @@ log = logging.getLogger(__name__)
 
 IN_MEMORY = 2**30  # bytes: the float32 tokens that are kept between passes
 BLOCK = 4096  # tokens that are summed in float32
-DIRECTIONS, NEWEST, ROUNDS = 64, 16, 1000  # of the subspace of `logistic`; how long it goes on
-STILL, PATIENCE = 1e-4, 5  # that many rounds that move the solution by less end it as well
+ROUNDS, REUSED = 200, 8  # of `logistic`: how long it goes on, and each Hessian serves
+RIDGE = 1e-6  # on a Hessian of unit diagonal: more than float32 sums may lack
 COMPONENT_ROUNDS = 200
+NARROW = 512  # the width that a processor solves at once
 TINY = 1e-30
 
 
@@ -75,6 +76,21 @@ class Tokens:
             start += x.shape[1]
         return total
 
+    def gram(self, weights: Tensor) -> Tensor:
+        """The lower triangle of X' diag(weights) X, [l, D, D] float64, for ``weights`` [l, N].
+
+        Above its diagonal blocks stand zeros: a Cholesky factorisation does not look there.
+        """
+        total = torch.zeros(self.layers, self.width, self.width, device=self.device)
+        weights, start, step = weights.float()[..., None], 0, max(64, -(-self.width // 4))
+        for x in self._blocks():
+            here = weights[:, start : start + x.shape[1]]
+            start += x.shape[1]
+            for i in range(0, self.width, step):
+                some = (x[..., i : i + step] * here).transpose(1, 2)
+                total[:, i : i + step, : i + step] += torch.bmm(some, x[..., : i + step])
+        return total.double()
+
     def _blocks(self) -> Iterator[Tensor]:
         """All tokens in order, some at a time, [l, n, D]."""
         if self.held is not None:
@@ -95,16 +111,19 @@ def in_groups(
 ) -> Iterator[Tokens]:
     """The tokens of all layers, in groups of layers to solve together; use each before the next.
 
-    A processor takes one layer at a time, whose tokens may then stay in its cache; an accelerator
-    takes what ``IN_MEMORY`` holds. Where that does not hold one layer, all layers share each pass.
+    A processor takes one layer at a time, or some narrow ones, whose tokens may then stay in its
+    cache; an accelerator takes what ``IN_MEMORY`` holds. Where that does not hold one layer, layers
+    share each pass.
     """
     where = torch.device(device) if device else next(recording.chunks()).values.device
     count, shape = len(recording.layers), (len(use), recording.width)
     fitting = IN_MEMORY // max(1, 4 * shape[0] * shape[1])
     if not fitting:
-        yield Tokens(recording, slice(0, count), use, unit=unit, device=where)
+        step = max(1, IN_MEMORY // (4 * shape[1] ** 2))  # as many Hessians
+        for i in range(0, count, step):
+            yield Tokens(recording, slice(i, i + step), use, unit=unit, device=where)
         return
-    step = 1 if where.type == "cpu" else min(fitting, count)
+    step = min(fitting, count, max(1, NARROW // shape[1]) if where.type == "cpu" else count)
     room = torch.empty(step, *shape, device=where)  # one for all groups: new memory is slow
     for i in range(0, count, step):
         held = room[: min(step, count - i)]
@@ -140,123 +159,132 @@ def logistic(
     *,
     l2: float = 1.0,
     with_bias: bool,
-    tolerance: float = 0.02,
+    tolerance: float = 0.01,
 ) -> tuple[Tensor, Tensor]:
     """Logistic regressions of ``targets`` [N] (probabilities) on the tokens in use, one per layer.
 
     Minimises sum crossentropy(target, sigmoid(X w + b)) + l2/2 |w|^2, the same optimum as
     scikit-learn's with C = 1/l2; the bias is not penalised. Returns w [l, D] and b [l].
 
-    Every round adds the gradient to a subspace and takes one Newton step of the regression inside
-    it (sequential subspace optimisation, Narkiss & Zibulevsky 2005). A round costs two passes over
-    the tokens. A layer is done when |gradient| <= ``tolerance`` l2 |w|: since the loss is
-    l2-strongly convex, w is then within ``tolerance`` |w| of the optimum, usually far closer. It
-    is done as well when it moves no more, as float32 allows where activations are very large.
+    Newton's method where each Hessian serves ``REUSED`` rounds: a round turns the gradient by it,
+    and takes one Newton step for the shares of w, that direction, the last one and the bias
+    (sequential subspace optimisation, Narkiss & Zibulevsky 2005). The first Hessian, at w = 0, is
+    the largest there is (Böhning & Lindsay 1988). A round costs two passes over the tokens. It
+    ends when the steps to come, as they shrank twice in a row, add up to ``tolerance`` |w| or less.
     """
-    inside = _Subspace(tokens, targets, l2, int(with_bias))
-    still = torch.zeros(tokens.layers, device=tokens.device)
-    for _ in range(ROUNDS):
-        weight = inside.weight()
-        gradient = tokens.transposed(inside.residual) + l2 * weight
-        done = _size(gradient) <= tolerance * l2 * _size(weight)
-        if with_bias:
-            done &= inside.residual.sum(-1).abs() <= tolerance * inside.curvature.sum(-1)
-        if bool((done | (still >= PATIENCE)).all()):
+    fit = _Logistic(tokens, targets, l2, with_bias)
+    before, last = torch.ones_like(fit.bias), torch.ones_like(fit.bias)
+    for turn in range(ROUNDS):
+        if turn % REUSED == 0:
+            newton = _Newton(tokens, fit.curvature, l2)
+        moved = fit.step(newton.direction(fit.gradient()))
+        rate = (moved / before.clamp_min(TINY)).clamp_max(0.99)
+        left, before = moved * rate / (1 - rate), moved
+        if bool((torch.maximum(left, last) <= tolerance).all()):
             break
-        inside.widen(gradient)
-        still = torch.where(inside.step() <= STILL, still + 1, 0)
+        last = left
     else:
         log.warning(
             "%d of %d logistic fits had not settled after %d rounds: fit normalised tokens, or "
             "raise l2 (%g)",
-            int((~done).sum()),
+            int((torch.maximum(left, last) > tolerance).sum()),
             tokens.layers,
             ROUNDS,
             l2,
         )
-    return inside.weight(), inside.u[:, 0] * inside.first
+    return fit.known[:, 1], fit.bias
 
 
-class _Subspace:
-    """A logistic regression inside span(Q): w = Q u, with orthonormal Q [l, K, D] and X Q known.
+class _Newton:
+    """A Newton direction: (X' diag(curvature) X + l2)^-1 times a gradient, factored once."""
 
-    With a bias it is the first coordinate: a column of ones, no direction, no penalty.
+    def __init__(self, tokens: Tokens, curvature: Tensor, l2: float) -> None:
+        hessian = tokens.gram(curvature)
+        hessian.diagonal(dim1=1, dim2=2).add_(l2)
+        self.scale = hessian.diagonal(dim1=1, dim2=2).rsqrt()  # makes rounding alike everywhere
+        hessian *= self.scale[:, :, None] * self.scale[:, None]
+        hessian.diagonal(dim1=1, dim2=2).add_(RIDGE)
+        self.factor = torch.linalg.cholesky(hessian)
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """For ``gradient`` [l, D], of unit length."""
+        scaled = torch.cholesky_solve((self.scale * gradient)[..., None], self.factor)
+        direction = self.scale * scaled[..., 0]
+        return direction / _size(direction)[:, None].clamp_min(TINY)
+
+
+class _Logistic:
+    """Logistic regressions on their way: w, the last step and the next are known by X w.
+
+    ``known`` [l, 4, D] holds nothing (for the bias), w, the last direction and the new one;
+    ``columns`` [l, 4, N] the logits that each makes: ones for the bias, then the products with X.
     """
 
-    def __init__(self, tokens: Tokens, targets: Tensor, l2: float, first: int) -> None:
-        self.tokens, self.first, self.size = tokens, first, first
+    def __init__(self, tokens: Tokens, targets: Tensor, l2: float, with_bias: bool) -> None:
+        self.tokens, self.l2 = tokens, l2
         self.targets = targets.to(tokens.device, torch.float64)
-        layers, where = tokens.layers, tokens.device
-        affordable = IN_MEMORY // (4 * layers * len(targets))
-        room = first + min(DIRECTIONS, max(NEWEST + 8, affordable))
-        self.basis = torch.zeros(layers, room, tokens.width, device=where)
-        self.columns = torch.ones(layers, room, len(targets), device=where)
-        self.u = torch.zeros(layers, room, dtype=torch.float64, device=where)
-        self.penalty = torch.full_like(self.u[0], l2)
-        self.penalty[:first] = TINY
-        self._move(torch.zeros(layers, len(targets), dtype=torch.float64, device=where), self.u)
+        self.bias = torch.zeros(tokens.layers, dtype=torch.float64, device=tokens.device)
+        self.known = self.bias.new_zeros(tokens.layers, 4, tokens.width)
+        self.columns = self.bias.new_zeros(tokens.layers, 4, len(targets))
+        self.columns[:, 0] = float(with_bias)
+        self._move(self.columns[:, 1], self.bias)
 
-    def weight(self) -> Tensor:
-        return _mix(self.u[:, : self.size], self.basis[:, : self.size])
+    def gradient(self) -> Tensor:
+        return self.tokens.transposed(self.residual) + self.l2 * self.known[:, 1]
 
-    def widen(self, gradient: Tensor) -> None:
-        """Add a gradient, [l, D], made orthogonal to the directions that are there."""
-        if self.size == self.u.shape[1]:
-            self._fold()
-        basis = self.basis[:, : self.size]
-        new = (gradient / _size(gradient)[:, None].clamp_min(TINY)).float()
-        new = new - _mix(torch.bmm(basis, new[..., None])[..., 0], basis)
-        new = new / _size(new)[:, None].clamp_min(TINY)
-        self.basis[:, self.size] = new
-        self.columns[:, self.size] = self.tokens.times(new)
-        self.size += 1
+    def step(self, direction: Tensor) -> Tensor:
+        """The best step that uses ``direction`` [l, D]; returns its length beside |w|, [l]."""
+        self.known[:, 3], self.columns[:, 3] = direction, self.tokens.times(direction)
+        share = torch.zeros_like(self.known[..., 0])  # [l, 4]: bias, w, last and new direction
+        share[:, 0], share[:, 1] = self.bias, 1.0
+        penalty = self.l2 * torch.bmm(self.known, self.known.transpose(1, 2))
+        share = self._newton(share, penalty)
+        old, self.bias = self.known[:, 1].clone(), share[:, 0]
+        for held in (self.known, self.columns):
+            step = (share[:, 2:, None] * held[:, 2:]).sum(1)
+            held[:, 1] = share[:, 1:2] * held[:, 1] + step
+            held[:, 2] = step
+        size = _size(self.known[:, 2])[:, None].clamp_min(TINY)
+        self.known[:, 2] /= size
+        self.columns[:, 2] /= size
+        return _size(self.known[:, 1] - old) / _size(self.known[:, 1]).clamp_min(TINY)
 
-    def _fold(self) -> None:
-        """Make room: all but the newest directions become one, along the solution so far."""
-        old, new = slice(self.first, self.size - NEWEST), slice(self.size - NEWEST, self.size)
-        length = _size(self.u[:, old])[:, None]
-        share = self.u[:, old] / length.clamp_min(TINY)
-        self.size = self.first + 1 + NEWEST
-        for held in (self.basis, self.columns):
-            one = _mix(share, held[:, old])[:, None].float()
-            held[:, self.first : self.size] = torch.cat([one, held[:, new]], 1)
-        self.u[:, self.first : self.size] = torch.cat([length, self.u[:, new]], 1)
-        self.u[:, self.size :] = 0
-
-    def step(self) -> Tensor:
-        """One Newton step for u, halved until it helps; returns its length beside |u|, [l]."""
-        columns, penalty = self.columns[:, : self.size], self.penalty[: self.size]
-        u, z, before = self.u[:, : self.size].clone(), self.z, self.loss
-        slope = torch.bmm(columns, self.residual.float()[..., None])[..., 0] + penalty * u
-        hessian = torch.bmm(columns * self.curvature.float()[:, None], columns.transpose(1, 2))
-        newton = torch.linalg.solve(hessian.double() + torch.diag(penalty), slope)
-        along, share = _mix(newton, columns), torch.ones_like(u[:, :1])
+    def _newton(self, share: Tensor, penalty: Tensor) -> Tensor:
+        """One Newton step for the shares, halved until it helps."""
+        columns, before = self.columns, self.loss
+        slope = _times(columns, self.residual) + _times(penalty, share)
+        hessian = torch.bmm(columns * self.curvature[:, None], columns.transpose(1, 2)) + penalty
+        scale = (hessian.diagonal(dim1=1, dim2=2) + TINY).rsqrt()
+        hessian = hessian * scale[:, :, None] * scale[:, None]
+        hessian.diagonal(dim1=1, dim2=2).add_(1e-10)  # what is not there, stays at 0
+        newton = scale * torch.linalg.solve(hessian, scale * slope)
         for _ in range(30):
-            self.u[:, : self.size] = u - share * newton
-            self._move(z - share * along, self.u)
-            worse = self.loss > before + 1e-9 * before.abs()
+            new: Tensor = share - newton
+            z = _times(columns.transpose(1, 2), new)
+            self._move(z, (new * _times(penalty, new)).sum(-1) / 2)
+            worse = self.loss > before + 1e-12 * before.abs()
             if not bool(worse.any()):
                 break
-            share = torch.where(worse[:, None], share / 2, share)
-        return _size(newton) / _size(self.u).clamp_min(TINY)
+            newton = torch.where(worse[:, None], newton / 2, newton)
+        return new
 
-    def _move(self, z: Tensor, u: Tensor) -> None:
+    def _move(self, z: Tensor, penalty: Tensor) -> None:
         """Go to logits z [l, N]: the loss there, and what its derivatives are made of."""
         use, p = self.tokens.use, torch.sigmoid(z)
-        self.z, self.residual = z, use * (p - self.targets)
-        self.curvature = use * p * (1 - p)
+        self.residual, self.curvature = use * (p - self.targets), use * p * (1 - p)
         crossentropy = torch.nn.functional.softplus(z) - self.targets * z
-        self.loss = (use * crossentropy).sum(-1) + (self.penalty * u * u).sum(-1) / 2
+        self.loss = (use * crossentropy).sum(-1) + penalty
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Products of matrices [l, n, m] and vectors [l, m]: [l, n]."""
+    product: Tensor = torch.bmm(matrix, vector[..., None])[..., 0]
+    return product
 
 
 def _size(x: Tensor) -> Tensor:
     size: Tensor = torch.linalg.vector_norm(x, dim=-1)
     return size
-
-
-def _mix(share: Tensor, directions: Tensor) -> Tensor:
-    """Sums of K rows [L, K, D] by their shares [L, K]: [L, D], in the shares' own type."""
-    return torch.bmm(share.float()[:, None], directions)[:, 0].to(share.dtype)
 
 
 def logistic_1d(

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from trimtab import __version__
-from trimtab.cli import chat, demo, doctor, evaluate, screen, show
+from trimtab.cli import chat, demo, distill, doctor, evaluate, screen, show, solve
 from trimtab.errors import TrimtabError
 
 
@@ -35,7 +35,16 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo.demo, demo.fit, chat.chat, evaluate.tune, show.show, doctor.doctor):
+for command in (
+    demo.demo,
+    demo.fit,
+    evaluate.tune,
+    chat.chat,
+    solve.solve,
+    distill.distill,
+    show.show,
+    doctor.doctor,
+):
     app.command()(command)
 app.add_typer(evaluate.app, name="eval")
 

@@ -3,10 +3,7 @@
 Knows Trimtab's public calls. Holds the recipe that all commands follow where nothing else is asked.
 """
 
-import math
-import re
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -200,7 +197,7 @@ def learn(
 
     say(f"Learning {name} from {len(examples)} examples at {place}")
     show = ERR.is_terminal
-    probe = concepts.fit(lm, examples, place, name=name, show_progress=show, **options)
+    probe: Probe = concepts.fit(lm, examples, place, name=name, show_progress=show, **options)
     scores = {"layers": [*probe.layers], **accuracies(vars(probe))}
     return replace(probe, meta=replace(probe.meta, scores=scores))
 
@@ -215,27 +212,26 @@ def _print_accuracy(
     probe: "Probe", examples: "Sequence[Example]", held_out: float, seed: int = 0
 ) -> None:
     OUT.print("", chart(probe.meta.scores), sep="\n")
-    if (floor := _word_floor(examples, held_out, seed)) is not None:
-        told = f"\nFor comparison, a bag of words that reads whole held-out answers: {floor:.2f}"
-        OUT.print(Text(told, style="dim"))
+    OUT.print(Text(_word_floor(examples, held_out, seed), style="dim"))
 
 
-def _word_floor(examples: "Sequence[Example]", held_out: float, seed: int) -> float | None:
-    """Held-out accuracy of naive Bayes on words, on the same split; None where there is none."""
+def _word_floor(examples: "Sequence[Example]", held_out: float, seed: int) -> str:
+    """What a bag of words reads in the held-out answers, on the probe's own split, as a line."""
     import torch
 
+    from trimtab import data
     from trimtab.concepts import split
 
-    labels = [e.label > 0.5 for e in examples]
-    keep = split([e.prompt for e in examples], torch.tensor(labels), held_out, seed).tolist()
-    bags = [re.findall(r"\w+", e.completion.lower()) for e in examples]
-    rows = list(zip(bags, labels, keep, strict=True))
-    without, having = (
-        Counter(word for bag, y, k in rows if k and y is side for word in bag)
-        for side in (False, True)
+    labels = torch.tensor([e.label for e in examples])
+    keep = split([e.prompt for e in examples], labels, held_out, seed).tolist()
+    train, test = (
+        [e for e, k in zip(examples, keep, strict=True) if k is s] for s in (True, False)
     )
-    known = without.keys() | having.keys()
-    share = (without.total() + len(known)) / (having.total() + len(known))
-    odds = {w: math.log((having[w] + 1) / (without[w] + 1) * share) for w in known}
-    right = [(sum(odds.get(w, 0.0) for w in bag) > 0) == y for bag, y, k in rows if not k]
-    return sum(right) / len(right) if right else None
+    try:
+        floor = data.bag_of_words(train, test)
+    except TrimtabError as error:
+        return f"\nNothing to compare with: {error}"
+    if not test:
+        return ""
+    told = f"accuracy {floor.accuracy:.2f}, AUROC {floor.auroc:.2f}"
+    return f"\nFor comparison, a bag of words that reads whole held-out answers: {told}"

@@ -5,6 +5,7 @@ import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from trimtab.data.example import Example
 from trimtab.errors import TrimtabError
@@ -186,3 +187,42 @@ def _held_out_groups(groups: dict[str, list[Example]], held_out: float, seed: in
     if held_out and not test and len(groups) > 1:
         test.add(order.choice(sorted(groups)))
     return test
+
+
+class WordFloor(NamedTuple):
+    """How well words alone tell held-out completions apart: the floor that a probe must pass."""
+
+    accuracy: float
+    auroc: float
+
+
+def bag_of_words(train: Sequence[Example], held_out: Sequence[Example]) -> WordFloor:
+    """The floor under a probe's held-out accuracy and AUROC: a logistic regression on TF-IDF.
+
+    Learns from the completions of ``train`` and reads the whole completions of ``held_out``; split
+    as the probe's fit does, by ``concepts.split``. NaN where ``train`` has one class only or
+    ``held_out`` is empty, and an AUROC of NaN where that has one class only. Raises TrimtabError
+    without scikit-learn.
+    """
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.metrics import roc_auc_score
+    except ImportError:
+        raise TrimtabError(
+            'a bag of words takes scikit-learn, which is missing: pip install "trimtab[evals]"'
+        ) from None
+    y, wanted = ([is_present(e) for e in part] for part in (train, held_out))
+    if len(set(y)) < 2 or not wanted:
+        return WordFloor(float("nan"), float("nan"))
+    words = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b", sublinear_tf=True)
+    try:
+        x = words.fit_transform([e.completion for e in train])
+    except ValueError:  # no word at all: every guess is as good
+        return WordFloor(sum(wanted) / len(wanted), 0.5)
+    fit = LogisticRegression(max_iter=1000).fit(x, y)
+    margin = fit.decision_function(words.transform([e.completion for e in held_out]))
+    right = [bool(m > 0) == label for m, label in zip(margin, wanted, strict=True)]
+    both = len(set(wanted)) == 2
+    auroc = float(roc_auc_score(wanted, margin)) if both else float("nan")
+    return WordFloor(sum(right) / len(right), auroc)

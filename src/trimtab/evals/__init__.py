@@ -13,11 +13,23 @@ from trimtab.evals.endpoint import Endpoint, chat
 from trimtab.evals.judges import PRESETS, Label, Reading, YesNo
 from trimtab.evals.pnes import Pnes, pnes
 from trimtab.evals.scorers import Scorer, agreement, score
-from trimtab.evals.sweep import Arm, Sweep, perplexities, perplexity, random_like, repetition, sweep
+from trimtab.evals.sweep import (
+    BASELINES,
+    MAX_RATIO,
+    Arm,
+    Sweep,
+    perplexities,
+    perplexity,
+    random_like,
+    repetition,
+    sweep,
+)
 from trimtab.evals.tune import Setting, Tuned, tune
 from trimtab.evals.wording import Appropriate, Classifier, Lexicon, Overlap
 
 __all__ = [
+    "BASELINES",
+    "MAX_RATIO",
     "PRESETS",
     "Appropriate",
     "Arm",

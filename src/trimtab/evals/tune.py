@@ -138,10 +138,10 @@ def tune(
 
 
 def _windows(probe: Probe) -> list[tuple[int, ...]]:
-    """All layers; halves, quarters and eighths of the depth; the best ones by accuracy."""
+    """All layers; halves and quarters of the depth; the best ones by accuracy."""
     own, count = probe.layers, len(probe.layers)
     found = [own]
-    for share, step in ((1 / 2, 1 / 6), (1 / 4, 1 / 8), (1 / 8, 1 / 8)):
+    for share, step in ((1 / 2, 1 / 6), (1 / 4, 1 / 4)):
         width = max(1, round(count * share))
         first = [round(count * step * i) for i in range(1 + round((1 - share) / step))]
         found += [own[i : i + width] for i in first if i + width <= count]
@@ -176,6 +176,11 @@ class _Search:
             plain = [self.answers[(*NOTHING.key, i)] for i in everything]
             pairs = own_references(self.prompts, plain)
         limits = self._limits(starts, pairs[:: -(-len(pairs) // FEW)])
+        if not limits:
+            raise ValueError(
+                f"no dose tried keeps the perplexity ratio within {self.max_ratio}; raise "
+                "max_ratio, or give other layers"
+            )
         settings = [replace(s, dose=s.dose * f) for s in limits for f in FRACTIONS]
         steps = self._halve(settings, baseline, budget, pairs)
         best, *others = steps[-1]
@@ -191,11 +196,7 @@ class _Search:
         )
 
     def _limits(self, settings: list[Setting], pairs: Pairs) -> list[Setting]:
-        """Each setting at the largest dose that was seen to keep within the bound.
-
-        Near 0 the logarithm of the ratio grows with the square of the dose, which gives the next
-        guess.
-        """
+        """Each setting at the largest dose that was seen to keep within the bound."""
         inside = [0.0] * len(settings)
         outside = [math.inf] * len(settings)
         for number in range(ROUNDS):
@@ -294,9 +295,14 @@ class _Search:
 
 
 def _next(setting: Setting, max_ratio: float, inside: float, outside: float) -> float:
-    """The dose to try next, between the largest within the bound and the smallest beyond it."""
+    """The dose to try next, between the largest within the bound and the smallest beyond it.
+
+    The logarithm of the ratio grows with the dose between linearly and squarely. Down from beyond
+    the bound the first is the safe guess, up from within it the second.
+    """
     growth = max(math.log(setting.ratio), 1e-3)
-    dose = setting.dose * min(max(math.sqrt(0.95 * math.log(max_ratio) / growth), 0.2), 4.0)
+    step = 0.95 * math.log(max_ratio) / growth
+    dose = setting.dose * (min(math.sqrt(step), 4.0) if step > 0.95 else max(step, 0.1))
     if inside < dose < outside:
         return dose
     return 2 * inside if math.isinf(outside) else (inside + outside) / 2
