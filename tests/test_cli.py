@@ -179,6 +179,73 @@ def test_what_is_no_artifact_is_never_written_over(command, tmp_path):
     assert "choose another name" in done.err
 
 
+# ---- eval, tune, solve, distill -----------------------------------------------------------------
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("How are you?\nWhat is new?\nTell me a story.\n")
+    return file
+
+
+WORDS = "words:a,e,i,o,u"
+
+
+def test_eval_sweep_writes_table_plot_and_page(model, probe, prompts, tmp_path):
+    out = tmp_path / "swept"
+    options = ["-p", prompts, "-j", WORDS, "-m", model, "--out", out, "--max-new-tokens", 8]
+    options += ["--scales", "0,0.1,0.3", "--ask", "Use vowels.", "--top-layers", 2]
+    done = trimtab("eval", "sweep", probe, *options)
+    assert done.code == 0, done
+    assert "PNES" in done.out and "random" in done.out and "prompt" in done.out
+    files = {"sweep.json", "sweep.csv", "sweep.png", "sweep.html"}
+    assert {p.name for p in out.iterdir()} == files
+    saved = tt.evals.Sweep.load(out / "sweep.json")
+    edit = tt.load(probe).edit(dose=0.3, top_layers=2)
+    answers = tt.LM.load(str(model)).generate(saved.baseline.prompts, edit, 8)
+    assert saved.of("edit")[-1].answers == answers
+    assert trimtab("eval", "sweep", probe, *options).code == 0  # at once: it is all there
+
+
+def test_tune_stores_its_choice_in_the_artifact(model, probe, prompts, tmp_path):
+    done = trimtab(
+        "tune", probe, "-p", prompts, "-j", WORDS, "-m", model, "--budget", 800,
+        "--max-new-tokens", 6, "--max-ratio", 3,
+    )  # fmt: skip
+    assert done.code == 0, done
+    assert "chosen" in done.out
+    tuned = tt.load(probe)
+    assert tuned.guidance is not None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["joy", "joy.jsonl", "prompts.txt"]
+    said = trimtab("chat", "-m", model, "--steer", probe, stdin="Hello\n")
+    assert f"a dose of {tuned.guidance['dose']:g}" in said.out + said.err
+
+
+@pytest.mark.parametrize(
+    "judge, told",
+    [("nobody", "no judge 'nobody'"), ("lexicon:love", "no judge 'lexicon:love'")],
+)
+def test_an_unknown_judge_is_told(model, probe, prompts, judge, told):
+    done = trimtab("eval", "sweep", probe, "-p", prompts, "-j", judge, "-m", model)
+    assert done.code == 2 and told in done.err
+
+
+def test_solve_then_distill(model, prompts, tmp_path):
+    solved, controller = tmp_path / "solved", tmp_path / "controller"
+    done = trimtab(
+        "solve", prompts, "--judge", "Is it good?", "-m", model, "--out", solved, "--steps", 1,
+        "--search", 2, "--step-size", 20, "--max-new-tokens", 6, "--min-gain", -1,
+    )  # fmt: skip
+    assert done.code == 0, done
+    kept = tt.selfcontrol.read_targets(solved)
+    if not kept:
+        pytest.fail(f"the tiny model solved nothing: {done.out}")
+    done = trimtab("distill", solved, "-m", model, "--out", controller, "--epochs", 1)
+    assert done.code == 0, done
+    assert isinstance(tt.load(controller), tt.Attend)
+
+
 # ---- show ---------------------------------------------------------------------------------------
 
 

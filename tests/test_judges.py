@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 import model_zoo
 import tokenizers_zoo
 import trimtab as tt
-from trimtab import evals
+from trimtab import remote
 from trimtab.errors import ChatError, TrimtabError
 from trimtab.evals import (
     Appropriate,
@@ -441,7 +441,7 @@ def test_requests_run_at_the_same_time_and_keep_their_order(concurrency):
 def test_chat_gives_text(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-other")
     with serve(lambda body, number: (200, completion("Hello."))) as (url, seen):
-        assert evals.chat(url, "m", "Hi", max_tokens=5, temperature=0.7) == "Hello."
+        assert remote.chat(url, "m", "Hi", max_tokens=5, temperature=0.7) == "Hello."
     assert seen[0][1]["authorization"] == "Bearer sk-other"
     assert seen[0][2]["messages"] == [{"role": "user", "content": "Hi"}]
     assert seen[0][2]["max_tokens"] == 5
@@ -449,7 +449,7 @@ def test_chat_gives_text(monkeypatch):
         serve(lambda body, number: (200, completion(None))) as (url, _),
         pytest.raises(TrimtabError, match="empty answer .*max_tokens"),
     ):
-        evals.chat(url, "m", "Hi")
+        remote.chat(url, "m", "Hi")
 
 
 # ---- judges that need no language model ----------------------------------------------------------

@@ -9,8 +9,8 @@ README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_there_are_five_examples():
-    assert len(BLOCKS) == 5
+def test_there_are_seven_examples():
+    assert len(BLOCKS) == 7
     assert not re.findall(r"^[A-Z]+_[A-Z]+$", README.read_text(encoding="utf-8"), re.MULTILINE)
 
 

@@ -202,7 +202,7 @@ def _contents(
     text: str, frame: str, contents: list[str], marks: list[str]
 ) -> list[tuple[int, int]]:
     """Where the contents stand in `text`, given the same text with marks in their places."""
-    cursor, found = 0, []
+    found: list[tuple[int, int]] = []
     ends = [frame.find(mark) for mark in marks]
     tails = [
         frame[end + len(mark) : after if after >= 0 else None]

@@ -217,9 +217,14 @@ def _steer(lm: "LM", origin: Any, name: str, strength: float | None) -> Steer:
         places = ", ".join(dict.fromkeys(str(part.place) for part in origin.parts()))
         about = f"the saved edit at {places}, times {factor:g} (1 is as saved)"
         return Steer(factor, factor * origin, about)
-    dose = DEMO.dose if strength is None else strength
-    edit = demo.edit_of(origin, lm.n_layers, dose)
-    return Steer(dose, edit, f"a dose of {dose:g} at {edit.place}")
+    if origin.guidance is not None:  # tuned: where, and how strongly if nothing else is said
+        tuned = origin.guidance if strength is None else {**origin.guidance, "dose": strength}
+        made: Edit = origin.edit(**tuned)
+        dose = tuned["dose"]
+    else:
+        dose = DEMO.dose if strength is None else strength
+        made = demo.edit_of(origin, lm.n_layers, dose)
+    return Steer(dose, made, f"a dose of {dose:g} at {made.place}")
 
 
 def _lines() -> Iterator[str]:

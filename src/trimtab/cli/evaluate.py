@@ -3,7 +3,6 @@
 Knows Trimtab's public calls and how a judge is named on the command line.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -74,7 +73,7 @@ def sweep(
     """
     import trimtab as tt
 
-    loaded, listed = tt.load(artifact), read_prompts(prompts)
+    loaded, listed = tt.load(artifact), tt.selfcontrol.read_prompts(prompts)
     lm = load_model(model)
     make = _maker(loaded, tokens, top_layers)
     say(f"Sweeping {scales} over {len(listed)} prompts")
@@ -124,7 +123,7 @@ def tune(
 
     target = probe if out is None else out
     check_free(target)
-    loaded, listed = tt.load(probe), read_prompts(prompts)
+    loaded, listed = tt.load(probe), tt.selfcontrol.read_prompts(prompts)
     if not isinstance(loaded, tt.Probe):
         raise TrimtabError(f"{probe} holds {type(loaded).__name__}; tune a probe (trimtab fit)")
     lm = load_model(model)
@@ -146,31 +145,6 @@ def tune(
     _print_settings(found.frontier, found.best, found.runner_up, found.baseline)
     OUT.print(Text.assemble("\nSaved to ", (f"{target}/", "bold"), ". Try next:\n"))
     OUT.print(Text(f"  trimtab chat --steer {target}", "bold"))
-
-
-def read_prompts(path: Path) -> list[Any]:
-    """Prompts from a file: a line each, a JSON list, or JSON lines with "prompt" or messages."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            rows = json.loads(text)
-        elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            rows = [line.strip() for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise TrimtabError(f"cannot read prompts from {path}: {error}") from None
-    if not isinstance(rows, list) or not rows:
-        raise TrimtabError(f"{path} holds no list of prompts")
-    return [_prompt(row, path) for row in rows]
-
-
-def _prompt(row: Any, path: Path) -> Any:
-    if isinstance(row, dict):
-        row = row.get("prompt", row.get("messages"))
-    if isinstance(row, str) or (isinstance(row, list) and all(isinstance(m, dict) for m in row)):
-        return row
-    raise TrimtabError(f'{path} holds {row!r:.60}; a prompt is text, messages, or {{"prompt": …}}')
 
 
 def scorer_of(judge: str, lm: "LM", judge_model: str | None, endpoint: str | None) -> "Scorer":
@@ -245,7 +219,7 @@ def _print_settings(
     for name in ("layers", "tokens", "dose", "effect", "perplexity ratio", ""):
         table.add_column(name)
     shown = {id(best): "chosen", id(runner_up): "runner-up"}
-    rows = [*frontier, *(s for s in (runner_up,) if s is not None and s not in frontier)]
+    rows = [*frontier, *(s for s in (best, runner_up) if s is not None and s not in frontier)]
     for setting in rows:
         facts = asdict(setting)
         told = (f"{facts[k]:.3g}" for k in ("dose", "effect", "ratio"))

@@ -9,7 +9,7 @@ A *scorer* is any callable ``(prompts, answers) -> scores``. Knows the model, ed
 draws with matplotlib and fits with scipy, imported when used.
 """
 
-from trimtab.evals.endpoint import Endpoint, chat
+from trimtab.evals.endpoint import Endpoint
 from trimtab.evals.judges import PRESETS, Label, Reading, YesNo
 from trimtab.evals.pnes import Pnes, pnes
 from trimtab.evals.scorers import Scorer, agreement, score
@@ -46,7 +46,6 @@ __all__ = [
     "Tuned",
     "YesNo",
     "agreement",
-    "chat",
     "perplexities",
     "perplexity",
     "pnes",

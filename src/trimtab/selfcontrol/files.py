@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from trimtab import remote
 from trimtab.artifact import load_artifact, user_path
 from trimtab.edits import Edit
 from trimtab.errors import ArtifactError, ChatError
@@ -271,8 +272,8 @@ def seed_prompts(
 ) -> list[str]:
     """Prompts about a one-line description, written by a model: ``n`` at most, no two alike.
 
-    ``writer``: an ``LM``, the URL of an OpenAI-compatible endpoint (with ``model`` and
-    ``api_key``), or a ``huggingface_hub.InferenceClient``. Lines shorter or longer than ``length``
+    ``writer``: an ``LM``, or the URL of an OpenAI-compatible endpoint (with ``model`` and
+    ``api_key``). Lines shorter or longer than ``length``
     characters, and near copies of others, are dropped. Fewer than ``n`` come back where ``rounds``
     requests give no more; ChatError where they give none.
     """
@@ -299,15 +300,15 @@ def _writer(
                 text, max_new_tokens=400, temperature=temperature, top_p=0.95, seed=seed
             )
         )
-    if isinstance(writer, str):
-        from huggingface_hub import InferenceClient
-
-        writer = InferenceClient(base_url=writer, api_key=api_key)
+    if not isinstance(writer, str) or model is None:
+        raise ChatError(
+            f"the writer is an LM, or an endpoint's URL with model=, not {writer!r:.60} with "
+            f"model={model!r}"
+        )
 
     def ask(text: str, seed: int) -> str:
-        turns = [{"role": "user", "content": text}]
-        options = {"model": model, "max_tokens": 1000, "temperature": temperature, "seed": seed}
-        return str(writer.chat_completion(turns, **options).choices[0].message.content or "")
+        options: dict[str, Any] = {"max_tokens": 1000, "temperature": temperature, "seed": seed}
+        return remote.chat(writer, model, text, api_key=api_key, **options)
 
     return ask
 
