@@ -433,6 +433,100 @@ def show(line: dict[str, Any]) -> None:
     print(f"  held out: {told}; tuned - paper {gain:+.3f} [{low:+.3f}, {high:+.3f}]", flush=True)
 
 
+HEAD = """\
+# Six concepts on SmolLM2-135M-Instruct
+
+Made by `python benchmarks/concepts.py`. Each number is a mean over prompts; the judge never saw the
+texts that the probes were fitted on, and its AUROC on labelled texts says how far to trust it.
+"Words" is a bag of words on the same split: a probe below it shows nothing. Effects are the largest
+ones at a perplexity ratio of at most 1.25 on plain answers.
+"""
+
+
+def write_page(lines: list[dict[str, Any]], path: Path) -> None:
+    """The table, what was chosen, and completions, as Markdown."""
+    made = [HEAD, *reading_table(lines), *steering_table(lines), *tuned_table(lines)]
+    for line in lines:
+        if texts := line["tuned"]["examples"]:
+            made.append(f"\n## {line['concept'].capitalize()}: answers to held-out prompts\n")
+            for row in texts[:3]:
+                made.append(f"**{row['prompt']}**\n")
+                for name, told in NAMES.items():
+                    text = " ".join(row[name].split()).replace("|", "\\|")
+                    made.append(f"- *{told}*: {text} …")
+                made.append("")
+    path.write_text("\n".join(made) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+NAMES = {
+    "none": "no edit",
+    "paper": "16 layers of the best accuracy, all tokens",
+    "tuned": "tuned",
+    "prompt": "just asking",
+}
+
+
+def reading_table(lines: list[dict[str, Any]]) -> list[str]:
+    """How well the probes read held-out tokens and rows."""
+    made = [
+        "\n## Reading (held out)\n",
+        "| concept | judge AUROC | words: accuracy, AUROC | mean | logistic | pca |",
+        "|---|---|---|---|---|---|",
+    ]
+    for line in lines:
+        floor, probes = line["floor"], line["probes"]
+        cells = [
+            f"{probes[m]['held-out accuracy']:.2f}, {probes[m]['held-out AUROC']:.2f}"
+            for m in METHODS
+        ]
+        words = f"{floor['accuracy']:.2f}, {floor['auroc']:.2f}"
+        row = [line["concept"], f"{line['judge AUROC']:.2f}", words, *cells]
+        made.append(f"| {' | '.join(row)} |")
+    return made
+
+
+def steering_table(lines: list[dict[str, Any]]) -> list[str]:
+    """Effects and PNES of the probes, beside their baselines."""
+    made = [
+        "\n## Steering by the 16 layers of the best accuracy: effect; PNES [95 %]\n",
+        "| concept | no edit | random | flipped | just asking | mean | logistic | pca |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for line in lines:
+        probes, base = line["probes"], line["probes"]["baselines"]
+        cells = [f"{base[n]['effect']:.3f}" for n in ("no edit", "random", "flipped", "prompt")]
+        for method in METHODS:
+            p = probes[method]
+            low, high = p["pnes interval"]
+            cells.append(f"{p['effect']:.3f}; {p['pnes']:.3f} [{low:.3f}, {high:.3f}]")
+        made.append(f"| {line['concept']} | {' | '.join(cells)} |")
+    return made
+
+
+def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
+    """The tuned setting against the paper's layers, on held-out prompts."""
+    made = [
+        "\n## Tuned against the paper's layers: effect (perplexity ratio) on held-out prompts\n",
+        "| concept | no edit | 16 layers | tuned | just asking | tuned - 16 [95 %] | setting |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for line in lines:
+        held, setting = line["tuned"]["held out"], line["tuned"]["setting"]
+        cells = [
+            f"{held[n]['effect']:.3f}" + (f" ({held[n]['ratio']:.2f})" if held[n]["ratio"] else "")
+            for n in NAMES
+        ]
+        gain, low, high = line["tuned"]["tuned - paper"]
+        layers = setting["layers"]
+        run = list(layers) == list(range(layers[0], layers[-1] + 1))
+        where = f"{layers[0]}-{layers[-1]}" if run else ",".join(map(str, layers))
+        told = f"{where}, {setting['tokens']}, dose {setting['dose']:.3g}"
+        cells += [f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]", told]
+        made.append(f"| {line['concept']} | {' | '.join(cells)} |")
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = "happiness,anger,fear,truthfulness,refusal,formality"
@@ -460,6 +554,7 @@ def main() -> None:
         *lines,
     ]
     common.save("concepts", report)
+    write_page(lines, Path(__file__).parent.parent / "docs" / "concepts.md")
 
 
 if __name__ == "__main__":

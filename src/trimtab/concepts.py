@@ -113,9 +113,10 @@ class Probe:
 
         ``dose`` instead of ``scale`` is a fraction of each activation's own length, which carries
         over between layers and models. Either is one number or one per layer; a negative one steers
-        away. ``layers``: given, else the ``top_layers`` with the best accuracy on the training
-        rows. ``keep_norm``: x' = |x| (x + a w) / |x + a w|, the paper's form. A tuned probe asked
-        for nothing of this steers by its ``guidance``.
+        away. ``tokens="answer"`` is the paper's ``only_last``. ``layers``: given, else the
+        ``top_layers`` with the best accuracy on the training rows. ``keep_norm``:
+        x' = |x| (x + a w) / |x + a w|, the paper's form. A tuned probe asked for nothing of this
+        steers by its ``guidance``.
         """
         scaled = not isinstance(scale, float) or scale != 16.0
         others = (layers, top_layers, keep_norm, dose, tokens) != (None, 16, True, None, "all")
