@@ -29,7 +29,8 @@ import trimtab as tt
 from trimtab import evals
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-DOSES = (-0.03, -0.02, -0.01, 0.0, 0.01, 0.02, 0.03)
+DOSES = (-0.01, -0.005, 0.0, 0.0025, 0.005, 0.01)
+GRID = (8.0, 16.0, 32.0, 64.0)  # the paper's scales
 PLACE = "resid@0: answer[:16]"
 METHODS = ("mean", "logistic", "pca")
 
@@ -373,15 +374,18 @@ def tuning(
         out=out / f"{concept.name}-paper.jsonl",
         **options,
     )
-    edits = {"none": None, "paper": paper.edit, "tuned": tuned.edit}
     plain = lm.generate(held_out, None, args.tokens)
+    pairs = [(p, a) for p, a in zip(held_out, plain, strict=True) if a.strip()]
+    base = evals.perplexity(lm, pairs)
+    grid = [probe.edit(scale=scale) for scale in GRID]  # the strongest within the bound, if any is
+    fit = [e for e in grid if evals.perplexity(lm, pairs, e) <= evals.MAX_RATIO * base]
+    edits = {"none": None, "grid": fit[-1] if fit else None, "paper": paper.edit}
+    edits["tuned"] = tuned.edit
     answers = {
         n: plain if e is None else lm.generate(held_out, e, args.tokens) for n, e in edits.items()
     }
     answers["prompt"] = lm.generate([f"{p} {concept.ask}" for p in held_out], None, args.tokens)
     scores = {n: evals.score(concept.judge, held_out, a) for n, a in answers.items()}
-    pairs = [(p, a) for p, a in zip(held_out, plain, strict=True) if a.strip()]
-    base = evals.perplexity(lm, pairs)
     told = {
         n: {
             "effect": float(s.mean()),
@@ -461,7 +465,8 @@ def write_page(lines: list[dict[str, Any]], path: Path) -> None:
 
 NAMES = {
     "none": "no edit",
-    "paper": "16 layers of the best accuracy, all tokens",
+    "grid": "16 layers of the best accuracy, scale of the paper's grid",
+    "paper": "16 layers of the best accuracy, dose tuned",
     "tuned": "tuned",
     "prompt": "just asking",
 }
@@ -508,8 +513,10 @@ def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
     """The tuned setting against the paper's layers, on held-out prompts."""
     made = [
         "\n## Tuned against the paper's layers: effect (perplexity ratio) on held-out prompts\n",
-        "| concept | no edit | 16 layers | tuned | just asking | tuned - 16 [95 %] | setting |",
-        "|---|---|---|---|---|---|---|",
+        "Grid: the largest of the paper's scales 8, 16, 32, 64 within the bound (no edit if none is).",
+        "16: the same layers, with their dose tuned as the others' is.\n",
+        "| concept | no edit | grid | 16 | tuned | just asking | tuned - 16 [95 %] | setting |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
         held, setting = line["tuned"]["held out"], line["tuned"]["setting"]
@@ -532,7 +539,7 @@ def main() -> None:
     names = "happiness,anger,fear,truthfulness,refusal,formality"
     parser.add_argument("--concepts", default=names)
     parser.add_argument("--out", type=Path, default=Path("concepts-out"))
-    for name, value in (("prompts", 24), ("tokens", 32), ("budget", 24_000)):
+    for name, value in (("prompts", 20), ("tokens", 24), ("budget", 16_000)):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     if not DATA.is_dir():
@@ -544,13 +551,18 @@ def main() -> None:
         "refusal": refusal,
         "formality": lambda: formality(embed),
     }
-    lines = []
+    lines, better = [], {}
     for name in args.concepts.split(","):
         lines.append(measure(lm, made[name](), args.out, args))
         show(lines[-1])
-    better = sum(line["tuned"]["tuned - paper"][0] > 0 for line in lines)
+    held = [line["tuned"]["held out"] for line in lines]
+    for name, told in (("grid", "with the paper's scales"), ("paper", "with their dose tuned")):
+        better[told] = sum(h["tuned"]["effect"] > h[name]["effect"] for h in held)
     report = [
-        common.check("concepts where tuning beats the top 16", better, 4, at_least=True),
+        *(
+            common.check(f"concepts where tuning beats the top 16 {told}", n, 4, at_least=True)
+            for told, n in better.items()
+        ),
         *lines,
     ]
     common.save("concepts", report)

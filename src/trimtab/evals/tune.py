@@ -29,7 +29,6 @@ from trimtab.journal import Journal
 from trimtab.lm import LM
 from trimtab.merge import fingerprint
 
-FRACTIONS = (1.0, 0.7)  # of the largest dose: the strongest is not always the best
 ROUNDS = 4  # of the search for the largest dose
 FEW = 8  # references in that search
 STEPS = 3  # comparisons, each on more prompts
@@ -181,8 +180,7 @@ class _Search:
                 f"no dose tried keeps the perplexity ratio within {self.max_ratio}; raise "
                 "max_ratio, or give other layers"
             )
-        settings = [replace(s, dose=s.dose * f) for s in limits for f in FRACTIONS]
-        steps = self._halve(settings, baseline, budget, pairs)
+        steps = self._halve(limits, baseline, budget, pairs)
         best, *others = steps[-1]
         tried = {s.key: s for step in steps for s in step}
         return Tuned(
