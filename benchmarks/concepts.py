@@ -513,7 +513,7 @@ def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
     """The tuned setting against the paper's layers, on held-out prompts."""
     made = [
         "\n## Tuned against the paper's layers: effect (perplexity ratio) on held-out prompts\n",
-        "Grid: the largest of the paper's scales 8, 16, 32, 64 within the bound (no edit if none is).",
+        "Grid: the largest of the paper's scales 8, 16, 32, 64 in the bound (no edit if none is).",
         "16: the same layers, with their dose tuned as the others' is.\n",
         "| concept | no edit | grid | 16 | tuned | just asking | tuned - 16 [95 %] | setting |",
         "|---|---|---|---|---|---|---|---|",

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         edits,
         errors,
         evals,
+        latentqa,
         models,
         place,
         prefix,
@@ -95,6 +96,7 @@ __all__ = [
     "edits",
     "errors",
     "evals",
+    "latentqa",
     "load",
     "models",
     "place",
@@ -109,7 +111,7 @@ def load(path: Any) -> Any:
 
     Checks format and hash; raises ArtifactError with what is wrong and what to do.
     """
-    for module in ("edits", "concepts"):  # they register what they can load
+    for module in ("edits", "concepts", "latentqa"):  # they register what they can load
         importlib.import_module(f"trimtab.{module}")
     from trimtab.artifact import load_artifact
 

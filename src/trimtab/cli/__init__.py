@@ -10,7 +10,19 @@ import typer
 from typer.core import TyperGroup
 
 from trimtab import __version__
-from trimtab.cli import chat, demo, distill, doctor, evaluate, screen, show, solve
+from trimtab.cli import (
+    ask,
+    chat,
+    demo,
+    distill,
+    doctor,
+    evaluate,
+    screen,
+    show,
+    solve,
+    steer,
+    train_reader,
+)
 from trimtab.errors import TrimtabError
 
 
@@ -42,6 +54,9 @@ for command in (
     chat.chat,
     solve.solve,
     distill.distill,
+    train_reader.train_reader,
+    ask.ask,
+    steer.steer,
     show.show,
     doctor.doctor,
 ):

@@ -1,0 +1,167 @@
+"""Speed of LatentQA: a training step, harvesting, and asking many questions at once.
+
+    python benchmarks/latentqa.py --read 150 --dialogue 60 --batch 4
+
+A step is compared with a plain PEFT step on the same decoder tokens (random activations instead of
+placeholders make no difference to the cost), harvesting with a bare forward pass to the read layer,
+and many questions with as many single calls that use no cache.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import common
+import torch
+from torch.nn.functional import cross_entropy
+
+import trimtab as tt
+from trimtab import latentqa
+from trimtab.latentqa.reader import Shown, record
+
+
+def words(count: int) -> str:
+    """A text of at least so many tokens."""
+    return "The small ship turned its rudder and went on. " * (count // 8 + 1)
+
+
+def rows_of(reader: Any, options: argparse.Namespace) -> tuple[list[Any], list[Shown]]:
+    """Rows with so many placeholders and so many dialogue tokens, each about its own item."""
+    length = len(reader.dialogue.row(1, "Why?", "So.").ids)
+    answer = words(options.dialogue - length)
+    rows, shown = [], []
+    for i in range(options.batch):
+        row = reader.dialogue.row(options.read, f"Why {i}?", answer)
+        rows.append(row._replace(ids=row.ids[: options.read + options.dialogue]))
+        shown.append(Shown(torch.randn(options.read, reader.lm.width, dtype=reader.lm.model.dtype)))
+    return rows, shown
+
+
+def our_step(reader: Any, rows: list[Any], shown: list[Shown]) -> Callable[[], None]:
+    parameters = list(reader.lora.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def step() -> None:
+        with reader.training_pass(False, False) as losses:
+            sums, counts = losses(rows, shown)
+            (sums.sum() / counts.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peft_step(source: str, rows: list[Any], rank: int) -> Callable[[], None]:
+    """The same tokens through PEFT: all logits, labels masked."""
+    import peft
+
+    base = tt.LM.load(source, dtype="float32").model
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    ids = torch.tensor([row.ids for row in rows])
+    labels = ids.clone()
+    for i, row in enumerate(rows):
+        labels[i, : row.answer] = -100
+
+    def step() -> None:
+        logits = model(input_ids=ids, use_cache=False).logits
+        cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def steps(reader: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows, shown = rows_of(reader, options)
+    plain = peft_step(options.model, rows, 16)
+    variants = {"our step": our_step(reader, rows, shown), "plain PEFT step": plain}
+    ours, theirs = common.best_of(variants, options.repeats).values()
+    memory = {name: common.peak_memory(step)[0] for name, step in variants.items()}
+    share = memory["our step"] / max(1, memory["plain PEFT step"])
+    return [
+        common.check("step / plain PEFT step", ours / theirs, 1.15, at_least=False),
+        common.check("peak memory of a step / PEFT's", share, 1.1, at_least=False),
+    ]
+
+
+def harvesting(reader: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+    lm = reader.lm
+    prompts = [f"{i}. {words(options.read)}" for i in range(options.batch * 4)]
+    rows = [reader._seen(prompt) for prompt in prompts]
+    batches = [
+        lm.batch(prompts[i : i + options.batch]) for i in range(0, len(prompts), options.batch)
+    ]
+    blocks = lm.anatomy.blocks
+    kept = list(blocks)
+
+    def bare() -> None:
+        lm.anatomy.trunk.layers = torch.nn.ModuleList(kept[: reader.read_layer + 1])
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    lm.anatomy.trunk(
+                        input_ids=batch.ids, attention_mask=batch.mask, use_cache=False
+                    )
+        finally:
+            lm.anatomy.trunk.layers = blocks
+
+    variants = {
+        "harvest": lambda: record(lm, rows, [reader.read_layer]),
+        "bare forward to the read layer": bare,
+    }
+    ours, theirs = common.best_of(variants, options.repeats).values()
+    return [common.check("bare forward / harvest", theirs / ours, 0.9, at_least=True)]
+
+
+def asking(reader: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+    questions = [f"What does the assistant think of number {i}?" for i in range(15)]
+    prompt = words(options.read)
+
+    def one_by_one() -> None:
+        shown = reader.show([prompt])[0]
+        for question in questions:
+            ids = list(reader.dialogue.row(len(shown.values), question).ids)
+            row = reader.dialogue.row(len(shown.values), question)
+            for _ in range(options.answer):
+                grown = row._replace(ids=ids)
+                batch = tt.Batch(torch.tensor([ids]))
+                with reader.worn(), torch.no_grad():
+                    logits = reader.lm(batch, edits=[reader.edit(grown, shown)]).logits[0, -1]
+                ids.append(int(logits.argmax()))
+
+    variants = {
+        "15 questions": lambda: reader.ask(prompt, questions, max_new_tokens=options.answer),
+        "15 single calls without a cache": one_by_one,
+    }
+    ours, theirs = common.best_of(variants, 1).values()
+    return [common.check("15 questions / 15 single calls", ours / theirs, 0.2, at_least=False)]
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__)
+    made.add_argument("--model", default="smollm2-135m")
+    made.add_argument("--read", type=int, default=150)
+    made.add_argument("--dialogue", type=int, default=60)
+    made.add_argument("--batch", type=int, default=4)
+    made.add_argument("--answer", type=int, default=16, help="tokens of an answer")
+    made.add_argument("--read-layer", type=int, default=15)
+    made.add_argument("--repeats", type=int, default=3)
+    made.add_argument("--only", choices=["steps", "harvesting", "asking"])
+    options = made.parse_args()
+    lm = tt.LM.load(options.model, dtype="float32")
+    reader = latentqa.Reader(
+        lm, latentqa.Lora.of(lm), latentqa.Wiring((options.read_layer,), align=False)
+    )
+    lm.takes_trees()  # measured once, and not a part of any timing
+    parts = {"steps": steps, "harvesting": harvesting, "asking": asking}
+    chosen = [options.only] if options.only else list(parts)
+    rows = [row for name in chosen for row in parts[name](reader, options)]
+    if not options.only:
+        common.save("latentqa", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Train a reader on LatentQA's files and measure it on labels that it never saw.
+
+    python benchmarks/train_reader.py ../shared/data/latentqa --steps 1200 --out runs/reader
+
+Prints the loss with activations, with none, with another item's, and with the text itself (each of
+the last and of none by a decoder of its own, trained in the same way, with --baselines), with
+intervals over labels; the share of the gap that is closed; and the four-way choice.
+"""
+
+import argparse
+import json
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import trimtab as tt
+from trimtab import latentqa
+from trimtab.latentqa import Item
+
+
+def arguments() -> argparse.Namespace:
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    made.add_argument("data", type=Path)
+    made.add_argument("--out", type=Path, default=Path("runs/reader"))
+    made.add_argument("--model", default="smollm2-135m")
+    made.add_argument("--dtype", default="bfloat16")
+    made.add_argument("--kinds", nargs="+", default=["control", "stimulus", "system"])
+    made.add_argument("--templates", type=int, default=0, help="items whose QA come from templates")
+    made.add_argument("--read-layer", type=int, default=10)
+    made.add_argument("--write-layer", type=int, default=0)
+    made.add_argument("--write", default="replace", choices=["replace", "add"])
+    made.add_argument("--last", type=int)
+    made.add_argument("--rank", type=int, default=16)
+    made.add_argument("--dropout", type=float, default=0.05)
+    made.add_argument("--lr", type=float, default=1e-3)
+    made.add_argument("--warmup", type=float, default=0.05)
+    made.add_argument("--steps", type=int, default=600)
+    made.add_argument("--baseline-steps", type=int, help="of the decoders of --baselines")
+    made.add_argument("--batch-size", type=int, default=8)
+    made.add_argument("--ema", type=float)
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--threads", type=int, default=2)
+    made.add_argument("--test-items", type=int, default=120, help="held-out items, all kinds alike")
+    made.add_argument("--baselines", action="store_true", help="train decoders of nothing and text")
+    return made.parse_args()
+
+
+def corpus(options: argparse.Namespace) -> tuple[list[Item], list[Item]]:
+    """Items to train on and items to test on; no label is in both, and tests have real QA only."""
+    table = latentqa.read_qa(options.data / "qa.json")
+    files = [options.data / f"{kind}.json" for kind in options.kinds]
+    train, test = latentqa.split(latentqa.attach(latentqa.read_items(files), table), 0.1, 0)
+    drawn = random.Random(0)
+    drawn.shuffle(test)
+    share = -(-options.test_items // len(options.kinds))
+    test = [i for kind in options.kinds for i in [t for t in test if t.kind == kind][:share]]
+    held = {item.label for item in test}
+    bare = latentqa.read_items(options.data / "system_without_qa.json")
+    bare = [i for i in bare if i.label not in held and i.label not in table]
+    drawn.shuffle(bare)
+    for i, item in enumerate(bare[: options.templates]):
+        kind = options.kinds[i % len(options.kinds)]
+        if kind == "control":
+            item = Item(item.label, control_user=item.system)
+        elif kind == "stimulus":
+            item = Item(item.label, control_user=item.system, stimulus_user=item.stimulus_user)
+        train.append(replace(item, qa=latentqa.template_qa(item)))
+    return train, test
+
+
+def learn(lm: tt.LM, items: list[Item], options: argparse.Namespace, view: str, steps: int) -> Any:
+    """One decoder and its seconds a step."""
+    out = options.out if view == "real" else options.out.with_name(f"{options.out.name}-{view}")
+    begun = time.perf_counter()
+    reader = latentqa.train(
+        lm,
+        items,
+        read_layer=options.read_layer,
+        write_layer=options.write_layer,
+        write=options.write,
+        last=options.last,
+        rank=options.rank,
+        dropout=options.dropout,
+        lr=options.lr,
+        warmup=options.warmup,
+        steps=steps,
+        batch_size=options.batch_size,
+        ema=options.ema,
+        seed=options.seed,
+        view=view,  # type: ignore[arg-type]
+        out=out,
+        save_every=50,
+        tracker="jsonl",
+        name=out.name,
+    )
+    print(f"{view}: {time.perf_counter() - begun:.0f} s for {steps} steps", flush=True)
+    return reader
+
+
+def told(name: str, interval: tuple[float, float, float]) -> dict[str, Any]:
+    value, low, high = interval
+    print(f"{name:<28} {value:7.3f}   [{low:.3f}, {high:.3f}]", flush=True)
+    return {name: [round(x, 4) for x in interval]}
+
+
+def report(found: dict[str, Any], reader: Any, test: list[Item], readers: dict[str, Any]) -> None:
+    """All numbers for some items."""
+    scores = latentqa.evaluate(reader, test, views=("real", "none", "shuffled"))
+    for view, other in readers.items():
+        own = latentqa.evaluate(other, test, views=(view,))  # type: ignore[arg-type]
+        # A decoder of nothing that was trained so guesses better than one whose input is missing.
+        scores = scores | own.renamed(none="guess")
+    for view in scores.sums:
+        found |= told(f"loss, {view}", scores.loss(view))
+    empty = "guess" if "guess" in scores.sums else "none"
+    for worse in {"none", "shuffled", empty}:
+        found |= told(f"{worse} - real", scores.difference(worse, "real"))
+    if "text" in scores.sums:
+        found |= told("gap closed", scores.gap_closed("real", empty, "text"))
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    train, test = corpus(options)
+    print(f"{len(train)} items to learn from, {len(test)} to test on", flush=True)
+    lm = tt.LM.load(options.model, dtype=options.dtype)
+    reader = learn(lm, train, options, "real", options.steps)
+    readers = {}
+    if options.baselines:
+        steps = options.baseline_steps or options.steps
+        readers = {view: learn(lm, train, options, view, steps) for view in ("none", "text")}
+    found: dict[str, Any] = {}
+    for kind in ["all", *options.kinds]:
+        print(f"\n{kind}")
+        some = [item for item in test if kind in ("all", item.kind)]
+        report(found.setdefault(kind, {}), reader, some, readers)
+    for view in ("real", "none", "shuffled"):
+        found |= told(f"four-way choice, {view}", latentqa.choices(reader, test, view=view))
+    found |= told("four-way choice, plain model", latentqa.choices(reader, test, worn=False))
+    found |= told("four-way choice, linear probe", latentqa.linear_choices(reader, train, test))
+    facts = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    Path(f"{options.out}-training/report.json").write_text(
+        json.dumps({"options": facts, "found": found}, indent=1) + "\n"
+    )
+    for item in test[:6]:
+        question, answer = item.qa[0]
+        print(f"\n{question}\n  said  {reader.ask(item, question)[0]}\n  true  {answer}")
+
+
+if __name__ == "__main__":
+    main()

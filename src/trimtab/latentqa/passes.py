@@ -1,0 +1,98 @@
+"""What a pass of the decoder needs beside its tokens: contexts that leave the model as it was.
+
+Knows modules and passes of a model; knows no text and no questions.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from trimtab.chat import Batch
+from trimtab.decode import Eager
+from trimtab.lm import LM
+from trimtab.taps import Call
+
+Wear = Callable[[], AbstractContextManager[None]]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model's own parameters need no gradient for the passes inside."""
+    wanting = [p for p in model.parameters() if p.requires_grad]
+    for parameter in wanting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def checkpointed(lm: LM) -> Iterator[None]:
+    """Blocks keep only their inputs, and are computed again in the backward pass inside."""
+    was = [block.training for block in lm.anatomy.blocks]
+    inner = lm._inner()
+    _switch(inner, "enable", {"use_reentrant": False})
+    for block in lm.anatomy.blocks:
+        block.training = True  # the block's own flag: dropout modules inside it stay as they are
+    try:
+        yield
+    finally:
+        _switch(inner, "disable")
+        for block, flag in zip(lm.anatomy.blocks, was, strict=True):
+            block.training = flag
+
+
+def _switch(model: Any, what: str, *options: Any) -> None:
+    """Gradient checkpointing, under whichever of its two names this transformers has."""
+    for kind in ("activation", "gradient"):
+        if (method := getattr(model, f"{kind}_checkpointing_{what}", None)) is not None:
+            method(*options)
+            return
+
+
+@contextmanager
+def head_at(model: Any, index: Tensor) -> Iterator[None]:
+    """The LM head sees only the tokens ``index`` of the flattened batch: logits [1, n, V]."""
+
+    def pick(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        return (x.flatten(0, -2)[index.to(x.device)][None], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class Shared(Eager):
+    """Passes in which ``each`` neighbouring rows share their first ``width`` columns, run once.
+
+    ``wear`` puts the adapter on, for a pass at a time. ``shifts`` [B] are added to position ids.
+    """
+
+    def __init__(self, lm: LM, wear: Wear, each: int, width: int, shifts: Tensor) -> None:
+        super().__init__(lm)
+        self.wear, self.each, self.width, self.shifts = wear, each, width, shifts
+
+    def start(self, batch: Batch, call: Call, room: int) -> Tensor:
+        shifts = self.shifts.to(batch.ids.device)
+        positions = batch.positions + shifts[:, None]
+        first = torch.arange(0, len(batch), self.each)
+        self.cache: Any = DynamicCache(config=self.lm.text_config)
+        self.call = Call(call.clock.take(first), [step.take(first) for step in call.steps])
+        self.mask = batch.mask[:: self.each, : self.width]
+        self._run(batch.ids[:: self.each, : self.width], positions[:: self.each, : self.width])
+        self.cache.batch_repeat_interleave(self.each)
+        self.call, self.mask, self.next = call, batch.mask, batch.lengths + shifts
+        return self._run(batch.ids[:, self.width :], positions[:, self.width :])
+
+    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
+        with self.wear():
+            return super()._run(ids, positions)

@@ -1,0 +1,565 @@
+"""Reading, training and steering with a decoder: exact against independent computations."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from importlib import import_module
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import trimtab as tt
+from model_zoo import tiny
+from tokenizers_zoo import byte_tokenizer
+from trimtab.errors import ArtifactError, ChatError, PlaceError, TrimtabError
+from trimtab.latentqa import (
+    Item,
+    Lora,
+    Reader,
+    Wiring,
+    choices,
+    evaluate,
+    harvest_items,
+    linear_choices,
+    steer,
+    train,
+)
+from trimtab.latentqa.reader import Shown, record
+from trimtab.place import Place
+
+steering = import_module("trimtab.latentqa.steer")
+
+QA = (("Who is it?", "A small dog."), ("Why?", "Because it is."))
+ITEMS = [
+    Item("a", control_user="Tell me a story about a ship.", qa=QA),
+    Item("b", system="Be a fox.", stimulus_user="What is the capital?", qa=QA[:1]),
+    Item("c", control_user="Hi", control_model="Yes", stimulus_user="Why not", qa=QA[1:]),
+]
+
+
+def make(name="llama", *, double=False, seed=0):
+    model = tiny(name, seed=seed)
+    return tt.LM(model.double() if double else model, byte_tokenizer("chatml"))
+
+
+def worn(lm, write="replace", layer=2, **wiring):
+    """A reader with an adapter that does something."""
+    lora = Lora.of(lm, rank=4)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for up in lora.up:
+            up.copy_(0.1 * torch.randn(up.shape, generator=generator))
+    return Reader(lm, lora, Wiring((layer,), write=write, **wiring))
+
+
+def adapted(lm, lora):
+    """An independent adapted model: the same matrices merged into a copy's weights."""
+    other = tiny("llama")
+    other.load_state_dict(lm.model.state_dict())
+    modules = dict(other.named_modules())
+    with torch.no_grad():
+        for name, down, up, scale in zip(lora.names, lora.down, lora.up, lora.scaling, strict=True):
+            modules[name].weight += scale * up @ down
+    return other
+
+
+def written_loss(model, lm, row, shown, at, write):
+    """The plain forward pass of Hugging Face with a hook of our own, all logits, no padding."""
+
+    def hook(module, args, output):
+        x = (output if torch.is_tensor(output) else output[0]).clone()
+        old, v = x[0, at : at + len(shown)], shown
+        if write == "add":
+            v = old + old.norm(dim=-1, keepdim=True) * v / v.norm(dim=-1, keepdim=True)
+        x[0, at : at + len(shown)] = v
+        return x
+
+    handle = model.model.layers[0].register_forward_hook(hook)
+    try:
+        logits = model(torch.tensor([row.ids])).logits[0]
+    finally:
+        handle.remove()
+    return cross_entropy(logits[row.answer - 1 : -1], torch.tensor(row.labels), reduction="sum")
+
+
+# -- the pass --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", ["replace", "add"])
+def test_the_loss_is_that_of_a_plain_pass_with_a_merged_adapter(write):
+    lm = make()
+    reader = worn(lm, write)
+    rows, shown = reader.pairs(ITEMS)
+    with torch.no_grad():
+        sums, counts = reader.losses(rows, shown)
+        other = adapted(lm, reader.lora)
+        each = [
+            written_loss(other, lm, row, s.values, row.start, write)
+            for row, s in zip(rows, shown, strict=True)
+        ]
+        shifted = written_loss(other, lm, rows[0], shown[0].values, rows[0].start + 1, write)
+    assert counts.tolist() == [len(row.labels) for row in rows]
+    assert torch.allclose(sums, torch.stack(each), rtol=1e-4)
+    assert not torch.allclose(sums[0], shifted, rtol=1e-3)  # one placeholder off is seen
+    assert torch.allclose(reader.loss(ITEMS).detach(), sums.sum() / counts.sum())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_the_decoder_gets_the_recorded_activations_bit_by_bit(name):
+    lm = make(name)
+    reader = worn(lm)
+    given = reader._seen(ITEMS[1])
+    kept = record(lm, [given], [2])[0][:, 0]
+    shown = reader.show([ITEMS[1]])[0]
+    assert torch.equal(shown.values, kept) and shown.first == given.start
+    row = reader.dialogue.row(len(kept), *QA[0])
+    batch = tt.Batch(torch.tensor([row.ids]))
+    place = Place("resid", 0, range(row.start, row.start + row.slots))
+    seen = lm(batch, edits=[reader.edit(row, shown)], record=[place, place.at(before=True)])
+    assert torch.equal(seen.recording[place][0][:, 0], kept)
+    assert not torch.equal(seen.recording[place.at(before=True)][0][:, 0], kept)
+    with pytest.raises(PlaceError, match="placeholders"):
+        reader.edit(row, Shown(kept[1:]))
+
+
+def test_rows_about_the_same_activations_share_their_tokens(monkeypatch):
+    lm = make()
+    reader = worn(lm)
+    rows, shown = reader.pairs(ITEMS[:1] * 2)
+    trees = {}
+    for flag in (True, False):
+        monkeypatch.setattr(lm, "takes_trees", lambda flag=flag: flag)
+        sums, _ = reader.losses(rows, shown)
+        reader.lora.zero_grad()
+        sums.sum().backward()
+        trees[flag] = sums.detach(), torch.cat([p.grad.flatten() for p in reader.lora.parameters()])
+    assert torch.allclose(trees[True][0], trees[False][0], rtol=1e-5)
+    assert float((trees[True][1] - trees[False][1]).norm()) < 1e-5 * float(trees[True][1].norm())
+    assert lm.__class__.takes_trees(lm)  # this model does take them
+
+
+def test_a_batch_is_its_rows_alone():
+    reader = worn(make())
+    rows, shown = reader.pairs(ITEMS)
+    with torch.no_grad():
+        sums, _ = reader.losses(rows, shown)
+        alone = [reader.losses([r], [s])[0][0] for r, s in zip(rows, shown, strict=True)]
+    assert torch.allclose(sums, torch.stack(alone), rtol=1e-5)
+
+
+def test_positions_matter_where_they_are_learned():
+    """GPT-2 has learned positions; under rotary ones a shift of all changes nothing."""
+    for name, matters in (("gpt2", True), ("llama", False)):
+        lm = make(name)
+        item = replace(ITEMS[1], system="Be a fox. " * 6)
+        aligned, not_ = (worn(lm, align=flag).loss([item]).detach() for flag in (True, False))
+        assert torch.allclose(aligned, not_, rtol=1e-4) != matters
+    (row,), (shown,) = (part[:1] for part in worn(make("gpt2")).pairs([item]))
+    shift = worn(make("gpt2"))._shifts([row], [shown])
+    assert row.start + int(shift) == shown.first == len(reader_ids(item)) - row.slots
+
+
+def reader_ids(item):
+    return worn(make("gpt2"))._seen(item).ids
+
+
+def test_the_model_is_left_as_it_was(monkeypatch):
+    lm = make()
+    reader, batch = worn(lm), lm.batch(["Hello"])
+    flags = [p.requires_grad for p in lm.model.parameters()]
+    hooks = sum(len(m._forward_hooks) for m in lm.model.modules())
+    base = lm(batch).logits.detach()
+    with reader.worn():
+        assert not torch.equal(lm(batch).logits, base)  # it does do something
+    reader.loss(ITEMS).backward()
+    reader.ask("Hello", ["Who?"], max_new_tokens=3)
+    with pytest.raises(ZeroDivisionError), reader.worn():
+        raise ZeroDivisionError
+    monkeypatch.setattr(lm, "forward", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reader.loss(ITEMS, view="none")
+    monkeypatch.undo()
+    assert torch.equal(lm(batch).logits, base)
+    assert [p.requires_grad for p in lm.model.parameters()] == flags
+    assert all(p.grad is None for p in lm.model.parameters())
+    assert sum(len(m._forward_hooks) for m in lm.model.modules()) == hooks
+
+
+def test_views_differ_as_they_should():
+    reader = worn(make())
+    loss = {
+        v: float(reader.loss(ITEMS, view=v).detach())
+        for v in ("real", "none", "shuffled", "text", "words")
+    }
+    assert len({round(v, 4) for v in loss.values()}) == 5
+    with pytest.raises(ChatError, match="none of the items has a question"):
+        reader.loss([replace(ITEMS[0], qa=())])
+
+
+# -- asking ----------------------------------------------------------------------------------------
+
+
+def slow_answer(reader, shown, question, room):
+    """Greedy decoding without a cache: the likeliest next token, again and again."""
+    ids, row = [], reader.dialogue.row(len(shown.values), question)
+    for _ in range(room):
+        grown = row._replace(ids=row.ids + ids)
+        batch = tt.Batch(torch.tensor([grown.ids]))
+        with reader.worn(), torch.no_grad():
+            logits = reader.lm(batch, edits=[reader.edit(grown, shown)]).logits[0, -1]
+        ids.append(int(logits.argmax()))
+        if reader.dialogue.stops(ids):
+            break
+    return reader._text(ids)
+
+
+@pytest.mark.parametrize("write", ["replace", "add"])
+def test_asking_many_is_asking_each(write):
+    reader = worn(make(), write)
+    questions = ["Who?", "Why is it so?", "Who?"]
+    prompts = ["Hello there", "What is the capital of France?"]
+    answers = reader.ask(prompts, questions, max_new_tokens=6)
+    for prompt, own in zip(prompts, answers, strict=True):
+        shown = reader.show([prompt])[0]
+        assert own == [slow_answer(reader, shown, q, 6) for q in questions]
+        assert own == reader.ask(prompt, questions, max_new_tokens=6)
+        assert own[:1] == reader.ask(prompt, "Who?", max_new_tokens=6)
+    assert answers[0] != answers[1]  # what is written does matter
+
+
+def test_a_stream_is_the_answer_in_pieces():
+    lm = make()
+    reader = worn(lm)
+    base = lm.generate("Hello", max_new_tokens=3)
+    pieces = []
+    for piece in reader.stream("Hello there", "Who?", max_new_tokens=8):
+        pieces.append(piece)
+        assert lm.generate("Hello", max_new_tokens=3) == base  # the adapter is off in between
+    whole = reader.ask("Hello there", "Who?", max_new_tokens=8)[0]
+    assert len(pieces) > 1 and whole.startswith("".join(pieces))
+    with pytest.raises(ChatError, match="one target"):
+        reader.stream(["Hello", "there"], "Who?")
+
+
+def test_what_can_be_asked_about():
+    lm = make()
+    reader = worn(lm)
+    ask = {"questions": ["Who?"], "max_new_tokens": 4}
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes, I am"}]
+    assert reader.ask(("Hello", "Yes, I am"), **ask) == reader.ask(turns, **ask)
+    found = record(lm, [reader._seen("Hello")], [1, 2])
+    assert reader.ask(found, **ask) == reader.ask("Hello", **ask)
+    assert reader.ask(found["resid@1 answer"], **ask) == reader.ask("Hello", layer=1, **ask)
+    assert reader.ask_layers("Hello", layers=[1, 2], **ask)[2] == reader.ask("Hello", **ask)
+    with pytest.raises(PlaceError, match="another of its layers"):
+        reader.ask(found, layer=0, **ask)
+    with pytest.raises(ChatError, match="takes a question"):
+        reader.ask("Hello", [])
+
+
+def test_evidence_and_choice():
+    reader = worn(make())
+    (told,) = reader.ask("Hello there", ["Who?"], max_new_tokens=4, evidence=True)
+    assert told.answer == reader.ask("Hello there", "Who?", max_new_tokens=4)[0]
+    shown = reader.show(["Hello there"])[0]
+    row = reader.dialogue.row(len(shown.values), "Who?", told.answer)
+    with torch.no_grad():
+        (own, blank), counts = reader.losses([row, row], [shown, None])
+    assert told.gain == pytest.approx(float((blank - own) / counts[0]), abs=1e-5)
+    assert (told.confidence > 0.5) == (told.gain > 0)
+    best, scores = reader.choose("Hello there", "Who?", ["A dog.", "The weather", "3"])
+    assert best == int(scores.argmax()) and len(scores) == 3
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def test_a_saved_reader_answers_the_same(tmp_path):
+    lm = make()
+    reader = worn(lm, "add", last=3)
+    reader.meta = replace(reader.meta, model=lm.describe())
+    reader.save(tmp_path / "r", dtype=torch.float32)
+    loaded = Reader.load(tmp_path / "r", lm)
+    assert loaded.wiring == reader.wiring
+    assert torch.equal(loaded.loss(ITEMS), reader.loss(ITEMS))
+    assert torch.equal(tt.load(tmp_path / "r").on(lm).loss(ITEMS), reader.loss(ITEMS))
+    with pytest.raises(ArtifactError, match="another model"):
+        Reader.load(tmp_path / "r", make(seed=1))
+
+
+@pytest.mark.slow
+def test_adapters_are_peft_folders(tmp_path):
+    """PEFT reads what we write and writes what we read, and computes the same."""
+    peft = pytest.importorskip("peft")
+    lm = make()
+    reader, batch = worn(lm), lm.batch(["Hello there"])
+    with reader.worn(), torch.no_grad():
+        ours = lm(batch).logits
+    reader.lora.save(tmp_path / "p")
+    theirs = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path / "p")
+    with torch.no_grad():
+        assert torch.allclose(theirs(batch.ids).logits, ours, rtol=1e-4, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "q")
+    again = Reader.load(tmp_path / "q", lm, read_layer=2)
+    assert torch.allclose(again.loss(ITEMS), reader.loss(ITEMS))
+    dora = peft.get_peft_model(
+        tiny("llama"), peft.LoraConfig(use_dora=True, target_modules=["q_proj"], r=2)
+    )
+    dora.save_pretrained(tmp_path / "d")
+    with pytest.raises(ArtifactError, match="plain LoRA"):
+        Reader.load(tmp_path / "d", lm)
+
+
+# -- training --------------------------------------------------------------------------------------
+
+OPTIONS = {"read_layer": 2, "lr": 1e-2, "show_progress": False, "rank": 4}
+
+
+def curve(lm, items=ITEMS, **options):
+    losses = []
+    reader = train(lm, items, tracker=lambda r: losses.append(r["loss"]), **(OPTIONS | options))
+    return losses, reader
+
+
+def test_training_lowers_the_loss_and_spares_the_model():
+    lm = make()
+    before = {n: p.clone() for n, p in lm.model.state_dict().items()}
+    losses, reader = curve(lm, epochs=5, batch_size=2, lr=2e-2)
+    assert len(losses) == 10 and losses[-1] < 0.7 * losses[0]
+    assert all(torch.equal(p, before[n]) for n, p in lm.model.state_dict().items())
+    assert reader.meta.made_by["steps"] == 10
+
+
+@pytest.mark.slow
+def test_ways_to_the_same_curve():
+    lm = make()
+    plain, _ = curve(lm, steps=3, batch_size=4, dropout=0.0)
+    ways = [
+        {"batch_size": 2, "accumulate": 2},
+        {"harvest": False},
+        {"checkpointing": True},
+        {"harvest": harvest_items(lm, ITEMS, [1, 2], show_progress=False)},
+    ]
+    for way in ways:
+        losses, _ = curve(lm, **({"steps": 3, "batch_size": 4, "dropout": 0.0} | way))
+        assert losses == pytest.approx(plain, rel=1e-4), way
+    other, _ = curve(lm, steps=3, batch_size=4, dropout=0.0, seed=1)
+    assert other != pytest.approx(plain, rel=1e-4)
+
+
+def test_a_stopped_run_goes_on_exactly(tmp_path):
+    lm = make()
+    options = {"steps": 6, "batch_size": 2, "dropout": 0.1, "ema": 0.9}
+    whole, reader = curve(lm, **options)
+    seen = []
+
+    def stop(facts):
+        seen.append(facts["loss"])
+        if facts["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(lm, ITEMS, out=tmp_path / "r", save_every=3, tracker=stop, **OPTIONS, **options)
+    with pytest.raises(ArtifactError, match="another run"):
+        train(lm, ITEMS, out=tmp_path / "r", **(OPTIONS | options | {"lr": 1.0}))
+    rest, again = curve(lm, out=tmp_path / "r", save_every=3, **options)
+    assert seen[:3] + rest == whole and len(rest) == 3
+    assert torch.equal(again.loss(ITEMS), reader.loss(ITEMS))
+    assert (tmp_path / "r" / "artifact.json").is_file()
+    log = (tmp_path / "r-training" / "log.jsonl").read_text().splitlines()
+    assert len(log) == 7  # the fourth step, which was lost, stands twice
+    assert not (tmp_path / "r-training" / "checkpoint.json").exists()
+
+
+def test_unknown_wishes_are_refused():
+    lm = make()
+    with pytest.raises(ValueError, match="write is"):
+        train(lm, ITEMS, **OPTIONS, write="multiply")
+    with pytest.raises(ValueError, match="tracker is"):
+        train(lm, ITEMS, **OPTIONS, tracker="paper")
+    with pytest.raises(ArtifactError, match="has a question"):
+        train(lm, [Item("a", control_user="x")], {"b": [["Q", "A"]]}, **OPTIONS)
+    with pytest.raises(PlaceError, match="layer 15"):
+        train(lm, ITEMS, **(OPTIONS | {"read_layer": 15}))
+
+
+@pytest.mark.slow
+def test_only_the_activations_tell_the_answer():
+    """Each word has an answer of its own, and the question never says which one it is about."""
+    lm = make()
+    words = ["ship", "dog", "fox", "train", "gloves", "chicken"]
+    items = [
+        Item(word, control_user=f"Tell me of the {word}.", qa=(("Which?", f"{i} {word}"),))
+        for i, word in enumerate(words)
+    ]
+    options = {"epochs": 40, "batch_size": 6, "dropout": 0.0, "lr": 1e-2}
+    _, reader = curve(lm, items, **options)
+    scores = evaluate(reader, items)
+    real, none, shuffled = (scores.loss(v)[0] for v in ("real", "none", "shuffled"))
+    assert real < 0.3 * shuffled and real < 0.3 * none  # the end token is unlikely by design
+    assert scores.difference("shuffled", "real")[1] > 0  # the interval's lower end
+    assert linear_choices(reader, items, items)[0] > 0.8  # so simple a task is linear, too
+    assert choices(reader, items)[0] == 1 > choices(reader, items, view="shuffled")[0]
+    _, blind = curve(lm, items, view="none", **options)  # learns to guess, and no more
+    assert evaluate(blind, items, views=["none"]).loss("none")[0] > 1.25 * real
+    assert choices(blind, items, view="none")[0] < 0.7
+
+
+_RANKS = """
+    import sys, torch
+    sys.path.insert(0, {tests!r})
+    torch.set_num_threads(1)
+    from test_latentqa import ITEMS, OPTIONS, curve, make
+    items = ITEMS * 2
+    losses, reader = curve(make(), items, steps=4, batch_size={batch}, dropout=0.0, shard={shard})
+    if int(__import__("os").environ.get("RANK", 0)) == 0:
+        print("LOSSES", losses)
+"""
+
+
+def run_ranks(count, batch, shard=False):
+    source = textwrap.dedent(_RANKS).format(
+        tests=os.path.dirname(__file__), batch=batch, shard=shard
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    base |= {"WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", source],
+            env=base | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(count)
+    ]
+    outs = [p.communicate(timeout=240) for p in ranks]
+    assert all(p.returncode == 0 for p in ranks), outs
+    line = next(line for line in outs[0][0].splitlines() if line.startswith("LOSSES"))
+    return [float(x) for x in line.removeprefix("LOSSES [").rstrip("]").split(",")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_follow_the_curve_of_one(shard):
+    alone = run_ranks(1, 4)
+    assert run_ranks(2, 2, shard) == pytest.approx(alone, rel=1e-4)
+    assert run_ranks(2, 1, shard) != pytest.approx(alone, rel=1e-4)  # another global batch
+
+
+# -- steering --------------------------------------------------------------------------------------
+
+
+def case(find="add"):
+    """GPT-2 in double precision: its norms do not drop to float32, as Llama's do."""
+    lm = make("gpt2", double=True)
+    reader = worn(lm, last=6)
+    place, generator = Place("resid", "0:3"), torch.Generator().manual_seed(5)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    if find == "add":
+        return lm, reader, lambda t: tt.Add(place, t), drawn(3, 32), drawn(3, 32)
+    keys = drawn(3, 2, 32)
+    from trimtab.edits import LowRank
+
+    return lm, reader, lambda t: LowRank(place, keys, t), drawn(3, 2, 32), drawn(3, 2, 32)
+
+
+@pytest.mark.parametrize("find", ["add", "lora"])
+def test_the_gradient_reaches_the_target_and_is_right(find):
+    lm, reader, edit, start, way = case(find)
+    row = reader._seen("Tell me a story.")
+    at = (0.1 * start).requires_grad_()
+    steering._deepest(lm, reader, edit(at), row, QA).backward()
+    with torch.no_grad():
+        up, down = (
+            steering._deepest(lm, reader, edit(at + e * way), row, QA) for e in (1e-5, -1e-5)
+        )
+    assert float((at.grad * way).sum()) == pytest.approx(float((up - down) / 2e-5), rel=1e-6)
+    assert all(p.grad is None for p in lm.model.parameters())
+    assert float(at.grad[0].norm()) > 0  # through all the layers in between
+
+
+@pytest.mark.parametrize("find", ["add", "lora"])
+def test_each_layers_loss_moves_its_own_part_only(find, monkeypatch):
+    lm, reader, edit, start, way = case(find)
+    row, parts = reader._seen("Tell me a story."), []
+    loss = steering._loss
+    monkeypatch.setattr(
+        steering,
+        "_loss",
+        lambda r, shown, q: parts.extend(loss(r, [s], q) for s in shown) or sum(parts),
+    )
+    at = (0.1 * start).requires_grad_()
+    steering._each_layer(lm, reader, edit(at), row, QA)
+    for i, part in enumerate(parts):
+        (grad,) = torch.autograd.grad(part, at, retain_graph=True)
+        size = grad.flatten(1).norm(dim=1)
+        assert float(size[i]) > 0 and float(size.sum()) == float(size[i])
+    # The value is that of the steered target itself, which the layers below do change.
+    with torch.no_grad():
+        shown = reader.show(["Tell me a story."], edits=edit(at.detach()))[0]
+        assert torch.allclose(loss(reader, [shown], QA), parts[2], rtol=1e-9)
+        plain = reader.show(["Tell me a story."])[0]
+        assert not torch.allclose(loss(reader, [plain], QA), parts[2], rtol=1e-6)
+    (grad,) = torch.autograd.grad(parts[2], at, retain_graph=True)
+    top = torch.zeros_like(way)
+    top[2] = way[2]
+    with torch.no_grad():  # the last layer's part has nothing below it that is detached
+        ends = []
+        for e in (1e-5, -1e-5):
+            parts.clear()
+            steering._each_layer(lm, reader, edit(at + e * top), row, QA)
+            ends.append(parts[2])
+    assert float((grad * top).sum()) == pytest.approx(float((ends[0] - ends[1]) / 2e-5), rel=1e-6)
+
+
+@pytest.mark.parametrize("find", ["add", "lora"])
+@pytest.mark.parametrize("per_layer", [True, False])
+def test_steering_makes_the_wanted_answers_likelier(find, per_layer, tmp_path):
+    lm = make()
+    reader, prompts = worn(lm, last=6), ["Tell me a story.", ("Hello", "Yes, I am")]
+    edit = steer(
+        lm,
+        reader,
+        [["Who is it?", "A small dog."]],
+        prompts,
+        find=find,
+        per_layer=per_layer,
+        samples=10,
+        lr=2e-2,
+        max_dose=0.3,
+        out=tmp_path / "e",
+        show_progress=False,
+    )
+    losses = edit.meta.made_by["losses"]
+    assert len(losses) == 10 and losses[-1] < losses[1] and losses[-2] < losses[0]
+    assert edit.place == Place("resid", range(3))
+    if find == "add":
+        record_ = lm.record(["Tell me a story."], edit.place, show_progress=False)[0]
+        share = edit.delta.norm(dim=-1) / record_.norm(dim=-1).mean(0)
+        assert float(share.max()) < 0.6
+    both = lm.generate(["Hello"] * 2, edits=[tt.load(tmp_path / "e"), None], max_new_tokens=4)
+    assert both[1] == lm.generate("Hello", max_new_tokens=4) != both[0]
+    assert all(p.requires_grad for p in reader.lora.parameters())
+
+
+def test_steering_needs_something_to_go_by():
+    lm = make()
+    reader = worn(lm)
+    with pytest.raises(ChatError, match="no question-answer pairs"):
+        steer(lm, reader, [], ["Hello"])
+    with pytest.raises(ChatError, match="ordinary instructions"):
+        steer(lm, reader, "be a fox", [])
+    with pytest.raises(ValueError, match="find is"):
+        steer(lm, reader, "be a fox", ["Hello"], find="luck")
+    assert issubclass(ChatError, TrimtabError)

@@ -1,0 +1,68 @@
+"""The commands train-reader, ask and steer, one after the other on a tiny model."""
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import model_zoo
+import tokenizers_zoo
+import trimtab as tt
+from trimtab.cli.ask import ask
+from trimtab.cli.steer import steer
+from trimtab.cli.train_reader import train_reader
+
+app = typer.Typer()
+for command in (ask, train_reader, steer):
+    app.command()(command)
+
+
+def trimtab(*args):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model_zoo.ARCHITECTURES["llama"](max_position_embeddings=1024).save_pretrained(folder)
+    tokenizers_zoo.byte_tokenizer("chatml").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_train_ask_steer(model, tmp_path):
+    items = [{"label": f"l{i}", "control_user": f"Please be a fox {i}."} for i in range(6)]
+    (tmp_path / "items.json").write_text(json.dumps(items))
+    (tmp_path / "qa.json").write_text(json.dumps({"l0": [["Who?", "A fox."]]}))
+    reader = tmp_path / "reader"
+    given = ["train-reader", tmp_path / "items.json", "--qa", tmp_path / "qa.json", "--templates"]
+    options = ["--model", model, "--read-layer", "1:3", "--steps", "4", "--out", reader]
+    done = trimtab(*given, *options, "--evaluate-every", "2", "--held-out", "0.3")
+    assert done.exit_code == 0, done
+    assert "held_out_real" in done.stdout
+    assert len((tmp_path / "reader-training" / "log.jsonl").read_text().splitlines()) == 4
+    use = ["--model", model, "--reader", reader]
+    done = trimtab(
+        "ask", "Hello", "-q", "Who?", "--evidence", "--json", "--max-new-tokens", 4, *use
+    )
+    assert done.exit_code == 0, done
+    (told,) = json.loads(done.stdout)["answers"]
+    assert told.keys() == {"question", "answer", "none", "shuffled", "gain"}
+    done = trimtab("ask", "Hello", "--system", "Be a fox.", "--answer", "I", "--layer", 1, *use)
+    assert done.exit_code == 0 and done.stdout.count("reader ") == 3, done
+    (tmp_path / "prompts.txt").write_text("Tell me a story.\n\nWhy?\n")
+    given = ["be a fox", "--prompts", tmp_path / "prompts.txt", "--samples", 2, "--find", "add"]
+    done = trimtab("steer", *given, "--out", tmp_path / "fox", *use)
+    assert done.exit_code == 0, done
+    assert tt.load(tmp_path / "fox").delta.shape[0] == 3
+
+
+def test_what_is_missing_is_said(model, tmp_path):
+    done = trimtab("ask", "Hello", "--model", model)
+    assert "no reader comes with the package" in str(done.exception)
+    done = trimtab("steer", "be a fox", "--find", "luck", "--model", model)
+    assert "lora or add" in str(done.exception)
+    (tmp_path / "items.json").write_text(json.dumps([{"label": "a", "control_user": "x"}]))
+    done = trimtab("train-reader", tmp_path / "items.json", "--model", model)
+    assert "none of the items has a question" in str(done.exception)
