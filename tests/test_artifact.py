@@ -279,7 +279,7 @@ def test_an_entry_of_a_wrong_type(saved, key, value):
 
 def test_an_unknown_kind(saved):
     change_json(saved, kind="spell")
-    with pytest.raises(ArtifactError, match=r"of kind 'spell'; this Trimtab knows edit, probe"):
+    with pytest.raises(ArtifactError, match="of kind 'spell'; this Trimtab knows edit, head-probe"):
         tt.load(saved)
 
 

@@ -105,6 +105,7 @@ def test_python_m_trimtab_is_the_command():
     assert done.stdout == f"trimtab {tt.__version__}\n", done.stderr
 
 
+@pytest.mark.slow
 def test_an_error_is_one_red_line_and_exit_code_2(tmp_path):
     command = [sys.executable, "-m", "trimtab"]
     done = subprocess.run([*command, "show", "gone"], capture_output=True, text=True, cwd=tmp_path)
@@ -192,6 +193,7 @@ def prompts(tmp_path):
 WORDS = "words:a,e,i,o,u"
 
 
+@pytest.mark.slow
 def test_eval_sweep_writes_table_plot_and_page(model, probe, prompts, tmp_path):
     out = tmp_path / "swept"
     options = ["-p", prompts, "-j", WORDS, "-m", model, "--out", out, "--max-new-tokens", 8]
@@ -208,6 +210,7 @@ def test_eval_sweep_writes_table_plot_and_page(model, probe, prompts, tmp_path):
     assert trimtab("eval", "sweep", probe, *options).code == 0  # at once: it is all there
 
 
+@pytest.mark.slow
 def test_tune_stores_its_choice_in_the_artifact(model, probe, prompts, tmp_path):
     done = trimtab(
         "tune", probe, "-p", prompts, "-j", WORDS, "-m", model, "--budget", 800,
@@ -231,11 +234,12 @@ def test_an_unknown_judge_is_told(model, probe, prompts, judge, told):
     assert done.code == 2 and told in done.err
 
 
+@pytest.mark.slow
 def test_solve_then_distill(model, prompts, tmp_path):
     solved, controller = tmp_path / "solved", tmp_path / "controller"
     done = trimtab(
         "solve", prompts, "--judge", "Is it good?", "-m", model, "--out", solved, "--steps", 1,
-        "--search", 2, "--step-size", 20, "--max-new-tokens", 6, "--min-gain", -1,
+        "--search", 4, "--step-size", 8, "--max-new-tokens", 8,
     )  # fmt: skip
     assert done.code == 0, done
     kept = tt.selfcontrol.read_targets(solved)
@@ -300,6 +304,7 @@ def test_show_never_passes_commands_on_to_the_terminal(probe):
     assert "[bold]x[/nonsense]" in done.out
 
 
+@pytest.mark.slow
 def test_show_loads_no_transformers(probe):
     code = NO_TORCH.replace("argv = [", "argv = [*").replace('"trimtab", {!r}', "{!r}")
     code = code.format(("trimtab", "show", str(probe))).replace('"torch"', '"transformers.models"')

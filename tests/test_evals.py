@@ -19,6 +19,7 @@ import model_zoo
 import tokenizers_zoo
 import trimtab as tt
 from trimtab.errors import ArtifactError
+from trimtab.evals.scorers import scorer_identity
 from trimtab.evals.sweep import asking
 from trimtab.journal import Journal
 
@@ -129,7 +130,7 @@ def test_the_interval_holds_the_value_and_narrows_with_prompts():
         ([1, 2], [0.1, 0.2], [1, 1], "lack 0"),
         ([0, 1], [0.1, 0.2, 0.3], [1, 1], "effects have shape"),
         ([0, 1], [0.1, float("nan")], [1, 1], "not finite"),
-        ([0, 1], [0.1, 0.2], [0, 1], "scale 0"),
+        ([0, 1], [0.1, 0.2], [0, 1], "above 0"),
     ],
 )
 def test_pnes_says_what_does_not_fit(scales, effects, costs, told):
@@ -394,6 +395,7 @@ def test_tuning_stays_within_its_bounds_and_is_stored(lm, probe, tmp_path):
         lm.generate(PROMPTS, probe, 6)
 
 
+@pytest.mark.filterwarnings("ignore:no setting has more effect")
 def test_a_tighter_bound_gives_a_smaller_ratio(lm, probe):
     only = {"layers": [[0, 1]], "tokens": ["all"]}
     loose, tight = tuned(lm, probe, max_ratio=2.0, **only), tuned(lm, probe, max_ratio=1.05, **only)
@@ -410,6 +412,48 @@ def test_a_stopped_tuning_goes_on(lm, probe, tmp_path):
     assert (tmp_path / "b.jsonl").read_text() == (tmp_path / "a.jsonl").read_text()
     with pytest.raises(ArtifactError, match="another job"):
         tuned(lm, probe, out=tmp_path / "b.jsonl", max_ratio=1.6)
+
+
+def test_tuning_warns_where_nothing_beats_no_edit(lm, probe):
+    plain = set(lm.generate(PROMPTS, None, 6))
+
+    def contrary(prompts, answers):
+        return [float(a in plain) for a in answers]
+
+    given = {"max_new_tokens": 6, "budget": 6000, "show_progress": False, "tokens": "all"}
+    with pytest.warns(UserWarning, match="than no edit"):
+        tt.evals.tune(lm, probe, PROMPTS, contrary, layers=[[0, 1]], max_ratio=3, **given)
+
+
+def test_a_scale_that_is_named_is_the_scale_of_a_tuned_probe_too(lm, probe):
+    made = tuned(lm, probe).probe
+    assert torch.equal(made.edit(scale=16.0).delta, probe.edit(scale=16.0).delta)
+    assert torch.equal(made.edit(scale=16.0).delta, probe.edit().delta)  # what it is untuned
+    assert not torch.equal(made.edit().delta, probe.edit().delta)
+
+
+def test_another_judge_is_another_job(lm, probe):
+    """Identities hold all that a judge is made of, and nothing of the process."""
+    one, other = (
+        tt.evals.YesNo(lm, "Is it good?"),
+        tt.evals.YesNo(lm, "Is it good?", shots=[("a", "b", "Yes")]),
+    )
+    reading, narrowed = tt.evals.Reading(lm, probe), tt.evals.Reading(lm, probe.at([0]))
+    words, fewer = tt.evals.Lexicon(["a", "b"]), tt.evals.Lexicon(["a"])
+    judges = [one, other, reading, narrowed, words, fewer, lambda p, a: 0, lambda p, a: 1]
+    assert len({scorer_identity(judge) for judge in judges}) == len(judges)
+    assert scorer_identity(one) == scorer_identity(tt.evals.YesNo(lm, "Is it good?"))
+
+
+def test_prompts_are_whatever_generate_takes(lm):
+    example = tt.Example(PROMPTS[0], "Fine.")
+    chat = [{"role": "user", "content": PROMPTS[0]}, {"role": "assistant", "content": "I"}]
+    wanted = swept(lm, prompts=[PROMPTS[0]]).baseline.answers
+    assert swept(lm, prompts=[example]).baseline.answers == wanted
+    assert swept(lm, prompts=PROMPTS[0]).baseline.answers == wanted
+    asked = asking("Be kind.")(chat)
+    assert asked[0]["content"].endswith("Be kind.") and asked[1] == chat[1]
+    assert tt.evals.perplexity(lm, "One text.") == tt.evals.perplexity(lm, ["One text."])
 
 
 def test_tuning_says_what_does_not_fit(lm, probe):

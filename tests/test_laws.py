@@ -1210,6 +1210,7 @@ def conversation(smollm2):
     return smollm2.batch(prompts), edits
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_real_cached_is_uncached(smollm2, conversation):
     batch, edits = conversation
@@ -1219,6 +1220,7 @@ def test_real_cached_is_uncached(smollm2, conversation):
     assert error(cached, in_one_pass(smollm2, batch, answers)) > DIFFERS
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_real_batch_is_its_rows_alone_each_with_its_edit(smollm2, conversation):
     batch, edits = conversation
@@ -1230,6 +1232,7 @@ def test_real_batch_is_its_rows_alone_each_with_its_edit(smollm2, conversation):
     assert error(real(plain, batch, 1), real(together, batch, 1)) < SAME
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_real_no_edit_is_the_plain_model_to_the_bit(smollm2, conversation):
     batch, edits = conversation
@@ -1239,6 +1242,7 @@ def test_real_no_edit_is_the_plain_model_to_the_bit(smollm2, conversation):
     assert not torch.equal(smollm2(batch, edits).logits, plain)
 
 
+@pytest.mark.slow
 def test_real_gradient_of_a_zero_edit_is_autograds(smollm2, conversation):
     check_gradients(smollm2, conversation[0])
 

@@ -254,6 +254,7 @@ def test_help_loads_nothing_slow():
     assert slow_modules_after(SHOW_HELP) == []
 
 
+@pytest.mark.slow
 def test_control_a_slow_import_is_seen():
     assert "torch" in slow_modules_after("import trimtab.place")
 

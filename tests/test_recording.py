@@ -577,6 +577,7 @@ llama().record(prompts(200), PLACES, show_progress=False, out={out!r})
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path, small_shards):
     lm, batch, out = llama(), prompts(200), tmp_path / "rec"
     wanted, passes = sheets_of(lm, batch)
@@ -740,6 +741,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     lm, batch = llama(), prompts(200)
     wanted, passes = sheets_of(lm, batch)

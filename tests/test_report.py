@@ -179,6 +179,7 @@ def test_sweeps_of_any_size_are_drawn(tmp_path, scales):
     report.write_page(replace(made(scales=scales), pnes=None), tmp_path / "p.html")
 
 
+@pytest.mark.slow
 def test_the_plot_shows_its_numbers():
     drawn = report._drawn(made(), "svg", clear=True).decode()
     root = ElementTree.fromstring(drawn)

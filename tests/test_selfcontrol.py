@@ -154,6 +154,7 @@ def test_swapping_names_the_words_in_the_other_order():
     judge = Judge("Are you happy? Answer Yes or No.")
     assert judge.swapped() == Judge("Are you happy? Answer No or Yes.")
     assert JUDGE.swapped().question == "Happy? No or Yes?"
+    assert Judge("Was it No or Yes?").swapped().question == "Was it Yes or No?"
 
 
 def test_calibration_is_the_area_under_the_curve_of_the_scores():
@@ -524,7 +525,7 @@ def test_the_edit_is_an_add_like_any_other(tmp_path):
 def test_options_that_make_no_sense_are_refused():
     lm = lm_of()
     for option, told in (
-        ({"search": 0}, "search is 1 or more"),
+        ({"search": 0}, "search is a whole number of 1 or more"),
         ({"accept": "all"}, "'first' or 'best', not 'all'"),
         ({"direction": "up"}, "'gradient' or 'random'"),
         ({"step_size": -0.5}, "step_size is above 0"),
@@ -592,7 +593,50 @@ def test_win_rate_gives_a_place_nothing():
     assert rate(lambda p, a, b: True, prompts, ours, ours) == 0.5
 
 
+def test_an_answer_that_stays_the_same_is_no_progress():
+    for direction in ("gradient", "random"):
+        tiny = LOOSE | {"step_size": 1e-6, "steps": 1, "direction": direction}
+        for solution in solve(lm_of(), PROMPTS * 2, JUDGE, **tiny):
+            assert solution.gain == 0 and solution.edit.delta.abs().max() == 0
+
+
+def test_random_directions_differ_by_iteration():
+    lm = lm_of()
+    given = LOOSE | {"direction": "random", "search": 1, "threshold": -1.0}
+    one, two = (solve(lm, PROMPTS[0], JUDGE, **given | {"steps": n}).edit.delta for n in (1, 2))
+    assert torch.cosine_similarity((two - one).flatten(), one.flatten(), 0).abs() < 0.2
+
+
+def test_a_bound_stands_also_where_the_first_answer_says_nothing():
+    lm = lm_of()
+    usual = solve(lm, PROMPTS[0], JUDGE, **LOOSE | {"steps": 0}).perplexity
+    strict = {"max_perplexity_ratio": 1.2, "initial_response": ""}
+    solution = solve(lm, PROMPTS[0], JUDGE, **LOOSE | strict)
+    assert all(t.perplexity <= 1.21 * usual for t in solution.trace[1].tries if t.fluent)
+
+
+def test_the_question_has_room_after_the_longest_answer():
+    model = model_zoo.ARCHITECTURES["llama"](max_position_embeddings=128)
+    lm = tt.LM(model, zoo.byte_tokenizer("chatml"))
+    long = "word " * 10
+    solutions = solve(lm, ["Hi", long], JUDGE, **LOOSE | {"max_new_tokens": 200, "steps": 1})
+    tail = len(JUDGE.tail(lm).ids)
+    for solution in solutions:
+        row = len(lm.batch(solution.prompt).ids[0]) + len(solution.answer_ids)
+        assert row + tail <= 128
+    with pytest.raises(tt.ChatError, match="no room for an answer"):
+        solve(lm, "word " * 22, JUDGE, **LOOSE)
+
+
+def test_a_prompt_that_ends_with_an_answer_is_refused():
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "I am"}]
+    with pytest.raises(tt.ChatError, match="initial_response"):
+        solve(lm_of(), turns, JUDGE, **LOOSE)
+
+
 def test_the_final_number_of_an_answer():
+    assert tt.selfcontrol.final_number("#### 18 eggs, 3 left") == "18"
+    assert tt.selfcontrol.final_number("1,2,3") == "3"
     exact = tt.selfcontrol.exact_match
     assert exact(["it is 18 dollars.", "so 3 + 4 = 7", "none", "#### 1,000"], ["#### 18", "#### 8",
                  "#### 2", "1000.0"]) == 0.5  # fmt: skip

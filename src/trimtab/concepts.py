@@ -102,32 +102,33 @@ class Probe:
 
     def edit(
         self,
-        scale: float | Sequence[float] | Tensor = 16.0,
+        scale: float | Sequence[float] | Tensor | None = None,
         layers: LayerSpec | None = None,
-        top_layers: int = 16,
-        keep_norm: bool = True,
+        top_layers: int | None = None,
+        keep_norm: bool | None = None,
         dose: float | Sequence[float] | Tensor | None = None,
-        tokens: TokenSpec = "all",
+        tokens: TokenSpec | None = None,
     ) -> Add:
-        """The edit that adds ``scale`` times the unit direction at each chosen layer.
+        """The edit that adds ``scale`` (16) times the unit direction at each chosen layer.
 
         ``dose`` instead of ``scale`` is a fraction of each activation's own length, which carries
         over between layers and models. Either is one number or one per layer; a negative one steers
         away. ``tokens="answer"`` is the paper's ``only_last``. ``layers``: given, else the
-        ``top_layers`` with the best accuracy on the training rows. ``keep_norm``:
-        x' = |x| (x + a w) / |x + a w|, the paper's form. A tuned probe asked for nothing of this
-        steers by its ``guidance``.
+        ``top_layers`` (16) with the best accuracy on the training rows. ``keep_norm`` (yes):
+        x' = |x| (x + a w) / |x + a w|, the paper's form. ``tokens``: all. A tuned probe asked for
+        nothing of this steers by its ``guidance``.
         """
-        scaled = not isinstance(scale, float) or scale != 16.0
-        others = (layers, top_layers, keep_norm, dose, tokens) != (None, 16, True, None, "all")
-        if self.guidance is not None and not scaled and not others:
-            return replace(self, guidance=None).edit(**self.guidance)
-        if dose is not None and scaled:
+        asked = (scale, layers, top_layers, keep_norm, dose, tokens)
+        if self.guidance is not None and all(one is None for one in asked):
+            return self.edit(**self.guidance)
+        if dose is not None and scale is not None:
             raise PlaceError("scale= and dose= both say how strongly to steer; give one of them")
-        chosen = self.best_layers(top_layers) if layers is None else self._indices(layers)
+        top = 16 if top_layers is None else top_layers
+        chosen = self.best_layers(top) if layers is None else self._indices(layers)
         direction = self.weight[self._where(chosen)].float()
         length = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
         direction = direction / length.clamp_min(1e-30)
+        scale = 16.0 if scale is None else scale
         strength = torch.as_tensor(scale if dose is None else dose, dtype=torch.float32)
         if strength.dim() and strength.shape != (len(chosen),):
             raise PlaceError(
@@ -135,10 +136,13 @@ class Probe:
                 "one per layer"
             )
         delta = strength.reshape(-1, 1) * direction
-        place = self.place.at(layers=chosen, tokens=tokens, before=False)
+        place = self.place.at(
+            layers=chosen, tokens="all" if tokens is None else tokens, before=False
+        )
         made_by = {"from": "probe", **self.meta.made_by}
         meta = replace(self.meta, made_by=made_by)
-        return Add(place, delta, keep_norm=keep_norm, relative=dose is not None, meta=meta)
+        kept = keep_norm is None or keep_norm
+        return Add(place, delta, keep_norm=kept, relative=dose is not None, meta=meta)
 
     def as_edit(self) -> Add:
         """What this probe stands for as an argument ``edits``: its tuned edit.
@@ -165,7 +169,7 @@ class Probe:
         tensors = {n: t for n in (*PARTS, "mean") if (t := getattr(self, n)) is not None}
         shown = [n for n in SCORES if bool(torch.isfinite(getattr(self, n)).any())]
         scores = {n: json_list(getattr(self, n)) for n in ("accuracy", *shown)}
-        scores |= dict(self.meta.scores)
+        scores = dict(self.meta.scores) | scores
         meta = replace(self.meta, scores=scores)
         extra: dict[str, Any] = {"layers": list(self.layers)}
         if self.guidance is not None:
@@ -430,7 +434,7 @@ def fit(
     options: _RecordingOptions = {
         "l2": l2,
         "held_out": held_out,
-        "groups": [e.prompt for e in examples],
+        "groups": [e.prompt or e.completion for e in examples],
         "seed": seed,
         "device": lm.device if lm.device.type == "cuda" else "cpu",
     }
@@ -558,12 +562,16 @@ def _fit(
 
 
 def split(groups: Sequence[Any], labels: Tensor, held_out: float, seed: int) -> Tensor:
-    """Which rows are for training, [B] bool: whole groups, about ``1 - held_out`` of them."""
+    """Which rows are for training, [B] bool: whole groups, about ``1 - held_out`` of them.
+
+    Where anything is to be held out, one group of several is.
+    """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out is a fraction in [0, 1), not {held_out!r}")
     unique = list(dict.fromkeys(groups))
     order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).tolist()
-    aside = {unique[i] for i in order[: round(held_out * len(unique))]}
+    count = max(round(held_out * len(unique)), int(held_out > 0 and len(unique) > 1))
+    aside = {unique[i] for i in order[:count]}
     return torch.tensor([g not in aside for g in groups])
 
 

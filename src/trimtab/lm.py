@@ -193,7 +193,7 @@ class LM:
     def _encode(
         self, prompts: Any, answers: Any = None, *, raw: bool = False, system: str | None = None
     ) -> list[Encoded]:
-        listed, _ = _listed(prompts)
+        listed, _ = listed_prompts(prompts)
         if not listed:
             raise ChatError("there are no prompts: give at least one")
         if answers is None:
@@ -351,7 +351,7 @@ class LM:
         if isinstance(prompts, Batch):
             rows, single = self._encode_examples(prompts), False
         else:
-            listed, single = _listed(prompts)
+            listed, single = listed_prompts(prompts)
             rows = self._encode(listed, raw=raw, system=system) if listed else []
         edits, n = spread(edits, len(rows)), num_return_sequences
         groups = _groups([len(row.ids) for row in rows], batch_size)
@@ -659,7 +659,7 @@ class LM:
             for ids, mask, n in zip(examples.ids, examples.mask, examples.prompt_len, strict=True):
                 rows.append(Encoded(ids[mask.bool()].tolist(), int(n)))
             return rows
-        listed, _ = _listed(examples)
+        listed, _ = listed_prompts(examples)
         pairs = [isinstance(e, tuple) and len(e) == 2 for e in listed]
         if any(pairs):
             prompts = [e[0] if p else e for e, p in zip(listed, pairs, strict=True)]
@@ -699,7 +699,7 @@ class _Gauge:
         return float(torch.sigmoid(self.readout.margin(x, values)).mean())
 
 
-def _listed(prompts: Any) -> tuple[list[Any], bool]:
+def listed_prompts(prompts: Any) -> tuple[list[Any], bool]:
     """Prompts as a list, and whether there was a single one."""
     if isinstance(prompts, str | bytes) or hasattr(prompts, "completion"):
         return [prompts], True

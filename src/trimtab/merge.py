@@ -48,7 +48,8 @@ def merge(
 def as_edits(edits: Any) -> Any:
     """The same, with what has an ``as_edit`` of its own, such as a tuned probe, turned into it."""
     if isinstance(edits, list | tuple):
-        return [as_edits(edit) for edit in edits]
+        found = [as_edits(edit) for edit in edits]
+        return edits if all(a is b for a, b in zip(found, edits, strict=True)) else found
     own = getattr(edits, "as_edit", None)
     return edits if own is None else own()
 

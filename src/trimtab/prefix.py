@@ -345,9 +345,11 @@ def _taken_apart(solutions: Any) -> tuple[list[Any], list[Any], list[Edit | None
         if edit is not None and not isinstance(edit, Edit):
             raise PlaceError(f"a solution's edit is an Edit or None, not {edit!r:.60}")
         prompts.append(prompt)
-        answers.append(getattr(item, "answer", None) or None)
+        # Ids where they are known: a text may be tokenised in another way than it was written.
+        ids = list(getattr(item, "answer_ids", None) or [])
+        answers.append(ids or getattr(item, "answer", None) or None)
         edits.append(edit)
-    if not any(edit is not None for edit in edits):
+    if not any(bool(part.acts().any()) for e in edits if e is not None for part in e.parts()):
         raise PlaceError("none of the solutions has an edit: there is nothing to learn")
     return prompts, answers, edits
 

@@ -32,7 +32,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except TrimtabError as error:
+        except (TrimtabError, ValueError) as error:  # a value that does not fit
             if ctx.params.get("debug"):
                 raise
             screen.complain(error)

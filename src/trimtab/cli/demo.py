@@ -223,7 +223,7 @@ def _word_floor(examples: "Sequence[Example]", held_out: float, seed: int) -> st
     from trimtab.concepts import split
 
     labels = torch.tensor([e.label for e in examples])
-    keep = split([e.prompt for e in examples], labels, held_out, seed).tolist()
+    keep = split([e.prompt or e.completion for e in examples], labels, held_out, seed).tolist()
     train, test = (
         [e for e, k in zip(examples, keep, strict=True) if k is s] for s in (True, False)
     )

@@ -26,7 +26,9 @@ def distill(
 ) -> None:
     """Distil solved prompts into one [bold]controller[/bold]. Goes on where it was stopped."""
     from trimtab import prefix, selfcontrol
+    from trimtab.artifact import user_path
 
+    out = user_path(out)
     check_free(out)
     solutions = selfcontrol.read_targets(targets)
     lm = load_model(model)

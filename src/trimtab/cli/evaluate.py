@@ -77,23 +77,28 @@ def sweep(
     lm = load_model(model)
     make = _maker(loaded, tokens, top_layers)
     say(f"Sweeping {scales} over {len(listed)} prompts")
+    numbers = _numbers(scales)
     found = tt.evals.sweep(
         lm,
         make,
-        _numbers(scales),
+        numbers,
         listed,
         scorer_of(judge, lm, judge_model, endpoint),
         ask=ask,
+        baselines=_baselines(make(max(numbers, key=abs))),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         out=out,
         title=str(artifact),
         show_progress=ERR.is_terminal,
     )
-    print_table(found)
     found.csv(out / "sweep.csv")
-    found.plot(out / "sweep.png")
     found.page(out / "sweep.html")
+    print_table(found)
+    try:
+        found.plot(out / "sweep.png")
+    except TrimtabError as error:  # the page says the same in numbers
+        say(f"No sweep.png: {error}")
     OUT.print(Text.assemble("\nSaved to ", (f"{out}/", "bold"), "; read ", f"{out}/sweep.html"))
 
 
@@ -156,20 +161,29 @@ def scorer_of(judge: str, lm: "LM", judge_model: str | None, endpoint: str | Non
     if endpoint is not None:
         if judge_model is None:
             raise TrimtabError("--endpoint needs the model's name there: --judge-model NAME")
-        return evals.Endpoint(endpoint, judge_model, judge)
+        if kind in ("lexicon", "words", "probe") and rest:
+            raise TrimtabError(f"--endpoint asks a question or a preset; {judge!r} needs no server")
+        question = evals.PRESETS[judge][0] if judge in evals.PRESETS else judge
+        return evals.Endpoint(endpoint, judge_model, question)
     if kind == "lexicon" and rest in ("refusal", "formality"):
         return getattr(evals.Lexicon, rest)()  # type: ignore[no-any-return]
     if kind == "words" and rest:
         having, _, against = rest.partition("/")
-        return evals.Lexicon(having.split(","), against.split(",") if against else ())
+        return evals.Lexicon(_words(having), _words(against))
     judging = lm if judge_model is None else load_model(judge_model)
     if kind == "probe" and rest:
-        return evals.Reading(judging, tt.load(rest))
+        if not isinstance(probe := tt.load(rest), tt.Probe):
+            raise TrimtabError(f"{rest} holds {type(probe).__name__}, which reads nothing")
+        return evals.Reading(judging, probe)
     if judge.endswith("?"):
         return evals.YesNo(judging, judge)
     if judge in evals.PRESETS:
         return evals.YesNo.preset(judging, judge)
     raise TrimtabError(f"no judge {judge!r}; there are: {JUDGES}")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _maker(loaded: Any, tokens: str, top_layers: int) -> "Callable[[float], Edit]":
@@ -183,6 +197,18 @@ def _maker(loaded: Any, tokens: str, top_layers: int) -> "Callable[[float], Edit
     if loaded.guidance is not None:
         return lambda dose: _with_dose(loaded, dose)
     return lambda dose: loaded.edit(dose=dose, top_layers=top_layers, tokens=tokens)
+
+
+def _baselines(edit: "Edit") -> tuple[str, ...]:
+    """All baselines, without the random direction where the edit has none."""
+    from trimtab import evals
+
+    try:
+        evals.random_like(edit, 0)
+    except ValueError as error:
+        say(f"No random baseline: {error}")
+        return tuple(name for name in evals.BASELINES if name != "random")
+    return evals.BASELINES
 
 
 def _with_dose(probe: "Probe", dose: float) -> "Edit":
@@ -207,8 +233,13 @@ def print_table(found: "Sweep") -> None:
         numbers = (f"{line[k]:.2f}" for k in ("ratio", "fluency", "repetition"))
         table.add_row(plain(line["arm"]), scale, effect, *numbers)
     OUT.print(table)
-    low, high = found.pnes.interval
-    told = f"PNES {found.pnes.value:.3f} (95 %: {low:.3f} to {high:.3f}), r² {found.pnes.r2:.2f}"
+    try:
+        pnes = found.pnes
+    except (TrimtabError, ValueError) as error:
+        say(f"No PNES: {error}")
+        return
+    low, high = pnes.interval
+    told = f"PNES {pnes.value:.3f} (95 %: {low:.3f} to {high:.3f}), r² {pnes.r2:.2f}"
     OUT.print(Text(told, style="bold"))
 
 

@@ -67,7 +67,8 @@ def solve(
 def _judge(text: str, yes: str, no: str, away: bool) -> "Judge":
     from trimtab.selfcontrol import Judge, names
 
-    made = Judge.named(text) if text in names() or " " not in text else Judge(text, yes=yes, no=no)
+    asks = " " in text or "?" in text
+    made = Judge(text, yes=yes, no=no) if asks and text not in names() else Judge.named(text)
     return made.away() if away else made
 
 

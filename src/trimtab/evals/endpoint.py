@@ -118,11 +118,13 @@ def _share(choice: Any, labels: Sequence[str]) -> float | None:
             fits = [i for i, label in enumerate(labels) if _begins(label, token.token)]
             if len(fits) == 1:
                 mass[fits[0]] += math.exp(token.logprob)
-        if sum(mass) > 0:
+        said_one = any(_begins(label, position.token) for label in labels)
+        if sum(mass) > 0 and (said_one or sum(mass) > 0.5):
             return mass[0] / sum(mass)
     either = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
-    said = re.search(rf"(?<!\w)({either})(?!\w)", choice.message.content or "", re.IGNORECASE)
-    return None if said is None else float(said[1].lower() == labels[0].lower())
+    text = choice.message.content or ""
+    said = {w.lower() for w in re.findall(rf"(?<!\w)({either})(?!\w)", text, re.IGNORECASE)}
+    return float(labels[0].lower() in said) if len(said) == 1 else None
 
 
 def _begins(label: str, token: str) -> bool:

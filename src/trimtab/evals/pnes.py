@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from trimtab.errors import TrimtabError
+
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-BROKEN = 2000.0  # a perplexity from which on a point says nothing about the curve
+BROKEN = 2000.0  # a perplexity (or a ratio of 100) from which on a point says nothing of b
 LOW_RATIO = 1.25  # what "small" perplexity means, beside that without the edit
 
 
@@ -69,7 +71,12 @@ def pnes(
         raise ValueError(f"{int((~np.isfinite(p)).sum())} effects are not finite; a judge gave NaN")
     if (zero := np.flatnonzero(a == 0)).size == 0:
         raise ValueError(f"the scales {a.tolist()} lack 0, which effects are measured against")
-    if not np.isfinite(ppl[zero]).all() or (ppl[zero] <= 0).any():
+    if (ppl <= 0).any() or not low_ratio >= 1:
+        raise ValueError(
+            f"perplexities are above 0 (the lowest is {ppl.min()}), low_ratio is 1 or more (not "
+            f"{low_ratio})"
+        )
+    if not np.isfinite(ppl[zero]).all():
         raise ValueError(f"the perplexity at scale 0 is {ppl[zero[0]].tolist()}, not above 0")
     made = _fit(a, p.mean(1), ppl.mean(1), low_ratio)
     if p.shape[1] == 1 or not bootstrap:
@@ -107,7 +114,7 @@ def _fit(a: Array, p: Array, ppl: Array, low_ratio: float, start: float | None =
     zero = np.flatnonzero(a == 0)[0]
     ratio = np.where(np.isfinite(ppl), ppl / ppl[zero], np.inf)
     effect = np.where(np.isfinite(ratio), (p - p[zero]) / ratio, 0.0)  # broken text shows nothing
-    usable = np.isfinite(ratio) & (ppl < BROKEN) & (ratio > 0)
+    usable = np.isfinite(ratio) & (ppl < max(BROKEN, 100 * ppl[zero]))
     weight = (a[usable] ** 4).sum()
     b = float((a[usable] ** 2 * np.log(ratio[usable])).sum() / weight) if weight else 0.0
     s, c = _solve(a, effect, b, start)
@@ -135,10 +142,12 @@ def _curve(a: Array, s: float, c: float, b: float) -> Array:
 
 def _solve(a: Array, effect: Array, b: float, start: float | None) -> tuple[float, float]:
     """The least-squares s and c: c is linear given s, so that s alone is searched."""
-    from scipy.optimize import curve_fit
-
     if not effect.any():
         return 0.0, 0.0
+    try:
+        from scipy.optimize import curve_fit
+    except ImportError:
+        raise TrimtabError("PNES is fitted with scipy: pip install 'trimtab[evals]'") from None
     damping = _curve(a, 0.0, 1.0, b)
     best = start if start is not None else _best_start(a, effect, damping)
     first = (best, _offset(np.tanh(best * a), effect, damping))

@@ -187,7 +187,7 @@ def _drawn(sweep: SweepLike, kind: str, ink: str = "#333333", *, clear: bool = F
         for ax in axes:
             _spread_scales(ax, sweep)
         if sweep.title and not clear:
-            figure.suptitle(sweep.title, fontsize=11, x=0.01, ha="left")
+            figure.suptitle(sweep.title, parse_math=False, fontsize=11, x=0.01, ha="left")
         out = io.BytesIO()
         keys = {"svg": ("Creator", "Date", "Format", "Type"), "pdf": ("CreationDate",)}
         blank = {key: None for key in keys.get(kind, ("Software",))}

@@ -5,8 +5,8 @@ Knows the protocol and how to check what comes out of it; knows no judge. Letter
 
 import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -90,11 +90,34 @@ def prompt_text(prompt: Any) -> str:
     return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages)
 
 
+def scorer_identity(scorer: Any) -> str:
+    """What tells a scorer from any other, also in another process: a hash of all it is made of."""
+    return hashlib.sha256(repr(_told(scorer)).encode()).hexdigest()
+
+
+def _told(value: Any) -> Any:
+    """What a value is made of, without addresses."""
+    if hasattr(value, "describe"):  # a model
+        return value.describe()
+    if isinstance(value, Tensor):
+        return hashlib.sha256(value.detach().cpu().double().numpy().tobytes()).hexdigest()
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value).__name__, {f.name: _told(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): _told(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told(v) for v in value]
+    if (code := getattr(value, "__code__", None)) is not None:
+        held = [_told(cell.cell_contents) for cell in value.__closure__ or ()]
+        return value.__qualname__, code.co_code.hex(), _plain(code.co_consts), held
+    return _plain(value)
+
+
+def _plain(value: Any) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
 def scorer_name(scorer: Any) -> str:
-    """What tells a scorer from another: its own name, or its class and a hash of its fields."""
+    """What a scorer calls itself: its name, else that of its function or class."""
     own = getattr(scorer, "name", None) or getattr(scorer, "__name__", None)
-    if own or not is_dataclass(scorer):
-        return str(own or type(scorer).__name__)
-    told = re.sub(r" at 0x[0-9a-f]+", "", repr(scorer))  # an address is another one in each process
-    fields = hashlib.sha256(told.encode()).hexdigest()[:12]
-    return f"{type(scorer).__name__} {fields}"
+    return str(own or type(scorer).__name__)

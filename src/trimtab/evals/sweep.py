@@ -23,11 +23,11 @@ from tqdm.auto import tqdm
 from trimtab.artifact import user_path
 from trimtab.chat import Batch
 from trimtab.edits import Add, Edit, Sum
-from trimtab.errors import ArtifactError
+from trimtab.errors import ArtifactError, ChatError
 from trimtab.evals.pnes import Pnes, pnes
-from trimtab.evals.scorers import Scorer, prompt_text, score, scorer_name
+from trimtab.evals.scorers import Scorer, prompt_text, score, scorer_identity
 from trimtab.journal import Journal
-from trimtab.lm import LM
+from trimtab.lm import LM, listed_prompts
 from trimtab.merge import Edits, fingerprint
 
 BASELINES = ("random", "flipped", "prompt")
@@ -90,7 +90,7 @@ class Sweep:
     def of(self, name: str) -> list[Arm]:
         """The arms of a name, by rising scale; "edit" and "random" include no edit as scale 0."""
         own = [arm for arm in self.arms if arm.name == name]
-        if name in ("edit", "random") and own:
+        if name == "edit" or (name == "random" and own):
             own.append(self.baseline)
         return sorted(own, key=lambda arm: arm.scale or 0.0)
 
@@ -151,7 +151,10 @@ class Sweep:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             half = target.with_name(f".{target.name}-{os.getpid()}")
-            half.write_text(text + "\n", encoding="utf-8")
+            with half.open("w", encoding="utf-8") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(half, target)
         except OSError as error:
             raise ArtifactError(f"cannot write {target} ({error}); choose another path") from None
@@ -196,9 +199,9 @@ def sweep(
     finished batch is kept, and the same call after a crash goes on; the result is
     ``out/sweep.json``. Raises ValueError for scales, baselines or references that do not fit.
     """
-    values = _checked(scales, baselines, ask)
-    arms = _arms(make, values, list(prompts), baselines, ask, seed)
-    plan = _Plan(lm, list(prompts), scorer, arms, max_new_tokens)
+    values, asked = _checked(scales, baselines), prompts_of(prompts)
+    arms = _arms(make, values, baselines, ask, seed)
+    plan = _Plan(lm, asked, scorer, arms, max_new_tokens)
     pairs = None if reference is None else references(reference, plan.prompts)
     facts = {"scales": values, "batch_size": batch_size, "seed": seed, "title": title}
     job = _job(plan, pairs, facts)
@@ -206,6 +209,7 @@ def sweep(
     if folder is not None and (done := folder / "sweep.json").exists():
         found = Sweep.load(done)
         if found.facts == job:
+            (folder / "progress.jsonl").unlink(missing_ok=True)  # a crash may have left it
             return found
         raise ArtifactError(f"{done} is the result of another sweep; name another folder")
     with Journal(None if folder is None else folder / "progress.jsonl", job) as journal:
@@ -252,7 +256,7 @@ def perplexities(
     lm: LM, texts: Sequence[Any], edits: Edits = None, *, batch_size: int = 32
 ) -> Tensor:
     """The perplexity of each text, [B]; see ``perplexity``."""
-    listed = list(texts)
+    listed, _ = listed_prompts(texts)
     if all(isinstance(text, str) for text in listed):
         batch = lm.batch(listed, raw=True)
         batch = Batch(batch.ids, batch.mask, torch.ones_like(batch.prompt_len))
@@ -370,9 +374,12 @@ class _Plan:
         rows = self._rows(len(self.prompts))
         full = [(i, p) for i, p in rows if texts[i][p].strip()]
 
-        def cost(group: list[Row]) -> list[float]:
+        def cost(group: list[Row]) -> list[float | None]:
             asked, said = [self.prompts[p] for _, p in group], [texts[i][p] for i, p in group]
-            return [exponential(-v) for v in self.lm.score(asked, said).tolist()]
+            try:
+                return [exponential(-v) for v in self.lm.score(asked, said).tolist()]
+            except ChatError:  # a text of broken bytes may have more tokens than were generated
+                return [None] if len(group) == 1 else [v for row in group for v in cost([row])]
 
         empty: dict[Row, float | None] = dict.fromkeys(rows)
         return self._by_arm(empty | pieces.work("fluency", full, cost))
@@ -392,6 +399,23 @@ class _Plan:
         return arms
 
 
+def prompts_of(prompts: Any) -> list[Any]:
+    """Prompts as a list of texts and conversations, whatever holds them."""
+    listed, _ = listed_prompts(prompts)
+    if not listed:
+        raise ValueError("there are no prompts to answer; give at least one")
+    return [list(p.messages) if hasattr(p, "messages") else p for p in listed]
+
+
+def model_identity(lm: LM) -> dict[str, Any]:
+    """What a model says of itself, and a hash of some of all its weights."""
+    digest = hashlib.sha256()
+    for weight in lm.model.parameters():
+        flat = weight.detach().flatten()
+        digest.update(flat[:: max(1, len(flat) // 16)].float().cpu().numpy().tobytes())
+    return {**lm.describe(), "dtype": str(lm.model.dtype), "weights": digest.hexdigest()}
+
+
 def own_references(prompts: Sequence[Any], answers: Sequence[str]) -> list[tuple[Any, str]]:
     """The model's own answers without an edit, as references."""
     pairs = [(p, a) for p, a in zip(prompts, answers, strict=True) if a.strip()]
@@ -407,7 +431,7 @@ def exponential(value: float) -> float:
     return math.exp(min(value, 700.0))  # broken text is finite in JSON too
 
 
-def _checked(scales: Sequence[float], baselines: Sequence[str], ask: object) -> list[float]:
+def _checked(scales: Sequence[float], baselines: Sequence[str]) -> list[float]:
     values = sorted({float(s) for s in scales})
     if not values or not all(map(math.isfinite, values)):
         raise ValueError(f"scales are finite numbers, at least one, not {list(scales)!r}")
@@ -419,13 +443,10 @@ def _checked(scales: Sequence[float], baselines: Sequence[str], ask: object) -> 
 def _arms(
     make: Callable[[float], Edit],
     scales: list[float],
-    prompts: list[Any],
     baselines: Sequence[str],
     ask: str | Callable[[Any], Any] | None,
     seed: int,
 ) -> list[_Line]:
-    if not prompts:
-        raise ValueError("there are no prompts to answer; give at least one")
     edits = {scale: _made(make, scale) for scale in scales if scale}
     lines = [_Line("none", 0.0, _always(None))]
     lines += [_Line("edit", scale, _always(edit)) for scale, edit in edits.items()]
@@ -466,8 +487,9 @@ def asking(ask: str | Callable[[Any], Any]) -> Callable[[Any], Any]:
     def asked(prompt: Any) -> Any:
         if isinstance(prompt, str):
             return f"{prompt} {ask}"
-        *before, last = prompt
-        return [*before, {**last, "content": f"{last['content']} {ask}"}]
+        last = max(i for i, message in enumerate(prompt) if message["role"] == "user")
+        told = {**prompt[last], "content": f"{prompt[last]['content']} {ask}"}
+        return [*prompt[:last], told, *prompt[last + 1 :]]
 
     return asked
 
@@ -484,12 +506,15 @@ def references(reference: Sequence[Any], prompts: list[Any]) -> list[tuple[Any, 
                 "or (prompt, answer) pairs"
             )
         return list(zip(prompts, listed, strict=True))
-    return [_pair(item) for item in listed]
+    pairs = [_pair(item) for item in listed]
+    if empty := [i for i, (_, answer) in enumerate(pairs) if not answer.strip()]:
+        raise ValueError(f"the references {empty[:8]} are empty answers; leave them out")
+    return pairs
 
 
 def _pair(item: Any) -> tuple[Any, str]:
     if hasattr(item, "completion"):
-        return item.messages, item.completion
+        return (item.messages if item.history else item.prompt), item.completion
     if isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[1], str):
         return item[0], item[1]
     raise ValueError(f"a reference is an answer or a (prompt, answer) pair, not {item!r:.60}")
@@ -503,8 +528,8 @@ def _job(
     texts = [plan.prompts, pairs, [line.ask(p) for line in plan.lines for p in plan.prompts]]
     return {
         **facts,
-        "model": plan.lm.describe(),
-        "scorer": scorer_name(plan.scorer),
+        "model": model_identity(plan.lm),
+        "scorer": scorer_identity(plan.scorer),
         "arms": [[line.name, line.scale] for line in plan.lines],
         "edits": fingerprint(own) if own else None,
         "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),

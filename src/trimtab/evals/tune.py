@@ -7,6 +7,7 @@ on more and more prompts (successive halving, Jamieson & Talwalkar 2016, arXiv 1
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,19 +16,22 @@ from typing import Any
 
 from trimtab.concepts import Probe
 from trimtab.edits import Add
-from trimtab.evals.scorers import Scorer, score, scorer_name
+from trimtab.evals.scorers import Scorer, score, scorer_identity
 from trimtab.evals.sweep import (
     MAX_RATIO,
     Pieces,
     Row,
     exponential,
+    model_identity,
     own_references,
+    prompts_of,
     references,
     repetition,
 )
 from trimtab.journal import Journal
 from trimtab.lm import LM
 from trimtab.merge import fingerprint
+from trimtab.place import LayerSpec, Place
 
 ROUNDS = 4  # of the search for the largest dose
 FEW = 8  # references in that search
@@ -100,8 +104,8 @@ def tune(
     budget: int = 40_000,
     max_ratio: float = MAX_RATIO,
     max_new_tokens: int = 40,
-    layers: Iterable[Sequence[int]] | None = None,
-    tokens: Sequence[str] = ("answer", "all"),
+    layers: Iterable[LayerSpec] | None = None,
+    tokens: str | Sequence[str] = ("answer", "all"),
     batch_size: int = 64,
     out: str | Path | None = None,
     show_progress: bool = True,
@@ -114,26 +118,34 @@ def tune(
     file that keeps finished batches, so that the same call goes on after a crash.
 
     ``tuned.probe.edit()`` without numbers is the edit that was chosen, also after saving. Raises
-    ValueError for a budget that does not reach every prompt twice.
+    ValueError for a budget that does not reach every setting twice, and where no dose fits; warns
+    where no setting beats no edit.
     """
     if not max_ratio > 1:
         raise ValueError(f"max_ratio is above 1, the perplexity without an edit; not {max_ratio}")
-    if budget < (least := max_new_tokens * len(prompts) * 2):
-        raise ValueError(
-            f"a budget of {budget} tokens is too small for {len(prompts)} prompts of "
-            f"{max_new_tokens} tokens; give at least {least}, or fewer prompts"
-        )
-    windows = _windows(probe) if layers is None else [tuple(w) for w in layers]
+    asked, tokens = prompts_of(prompts), [tokens] if isinstance(tokens, str) else list(tokens)
+    windows = _windows(probe) if layers is None else [_layers_of(probe, w) for w in layers]
     starts = [Setting(w, t, 0.12 / len(w) ** 0.75) for w in windows for t in tokens]
-    pairs = None if reference is None else references(reference, list(prompts))
-    job: dict[str, Any] = {"model": lm.describe(), "budget": budget, "max_ratio": max_ratio}
+    if budget < (least := max_new_tokens * (len(asked) + 2 * len(starts))):
+        raise ValueError(
+            f"a budget of {budget} tokens is too small for {len(asked)} prompts, {len(starts)} "
+            f"settings and {max_new_tokens} tokens an answer; give at least {least}, fewer layers "
+            "or shorter answers"
+        )
+    pairs = None if reference is None else references(reference, asked)
+    job: dict[str, Any] = {"model": model_identity(lm), "budget": budget, "max_ratio": max_ratio}
     job |= {"probe": fingerprint(probe.edit(layers=list(probe.layers)))}
-    job |= {"scorer": scorer_name(scorer), "texts": [list(prompts), pairs], "layers": windows}
+    job |= {"scorer": scorer_identity(scorer), "texts": [asked, pairs], "layers": windows}
     job |= {"tokens": list(tokens), "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     with Journal(out, job) as journal:
         pieces = Pieces(journal, batch_size, show_progress)
-        search = _Search(lm, probe, list(prompts), scorer, pieces, max_new_tokens, max_ratio)
+        search = _Search(lm, probe, asked, scorer, pieces, max_new_tokens, max_ratio)
         return search.run(starts, pairs, budget)
+
+
+def _layers_of(probe: Probe, spec: Any) -> tuple[int, ...]:
+    depth = (probe.meta.model or {}).get("layers") or max(probe.layers) + 1
+    return Place(probe.place.site, spec).layer_indices(depth)
 
 
 def _windows(probe: Probe) -> list[tuple[int, ...]]:
@@ -175,13 +187,14 @@ class _Search:
             plain = [self.answers[(*NOTHING.key, i)] for i in everything]
             pairs = own_references(self.prompts, plain)
         limits = self._limits(starts, pairs[:: -(-len(pairs) // FEW)])
-        if not limits:
-            raise ValueError(
-                f"no dose tried keeps the perplexity ratio within {self.max_ratio}; raise "
-                "max_ratio, or give other layers"
-            )
         steps = self._halve(limits, baseline, budget, pairs)
         best, *others = steps[-1]
+        if best.effect <= baseline.effect:
+            warnings.warn(
+                f"no setting has more effect ({best.effect:.3g}) than no edit "
+                f"({baseline.effect:.3g}): this probe does not steer towards what the judge sees",
+                stacklevel=3,
+            )
         tried = {s.key: s for step in steps for s in step}
         return Tuned(
             self._stored(best, baseline),
@@ -218,9 +231,14 @@ class _Search:
         limit = baseline.repetition + MAX_REPETITION
         for step in range(STEPS):
             settings = self._priced(settings, pairs) if step == STEPS - 1 else settings
+            if not settings:
+                raise ValueError(
+                    f"no dose tried keeps the perplexity ratio within {self.max_ratio}; raise "
+                    "max_ratio, or give other layers"
+                )
             share = (budget - self.spent) / (STEPS - step)
             more = int(share / (len(settings) * self.max_new_tokens))
-            judged = min(len(self.prompts), max(2, judged + more))
+            judged = min(len(self.prompts), max(2, judged + max(0, more)))
             told = f"comparison {step + 1} of {STEPS}"
             measured = self._judge(told, settings, _spread(len(self.prompts))[:judged])
             measured.sort(key=lambda s: (s.repetition > limit, -s.effect))
@@ -236,8 +254,7 @@ class _Search:
                 smaller = [replace(s, dose=_next(s, self.max_ratio, 0.0, s.dose)) for s in over]
                 again = self._ratios(f"all references, smaller {number + 1}", smaller, pairs)
                 measured = [s for s in measured if s.ratio <= self.max_ratio] + again
-        kept = [s for s in measured if s.ratio <= self.max_ratio]
-        return kept or [min(measured, key=lambda s: s.ratio)]
+        return [s for s in measured if s.ratio <= self.max_ratio]
 
     def _ratios(self, stage: str, settings: list[Setting], pairs: Pairs) -> list[Setting]:
         """Settings with the ratio of perplexities over these references."""

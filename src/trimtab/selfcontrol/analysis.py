@@ -18,7 +18,7 @@ from trimtab.artifact import user_path
 from trimtab.errors import ArtifactError
 from trimtab.selfcontrol.search import Solution, Try
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 
 
 def scores_by_iteration(solutions: Sequence[Solution], steps: int | None = None) -> Tensor:
@@ -62,10 +62,11 @@ def final_number(text: str) -> str | None:
     >>> final_number("5 + 7 = 12, so #### 1,012.0")
     '1012'
     """
-    found = _NUMBER.findall(text.split("####")[-1])
+    _, marked, last = text.rpartition("####")
+    found = _NUMBER.findall(last)
     if not found:
         return None
-    number: str = found[-1].replace(",", "")
+    number: str = found[0 if marked else -1].replace(",", "")
     return number.rstrip("0").rstrip(".") if "." in number else number
 
 

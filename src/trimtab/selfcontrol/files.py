@@ -9,6 +9,7 @@ Knows files and the search; knows nothing of gradients. A folder of targets hold
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -39,6 +40,7 @@ class Target:
     answer: str
     score: float
     first_score: float
+    answer_ids: tuple[int, ...]
     edit: Edit
 
 
@@ -63,6 +65,8 @@ def targets(
     together. ``options`` are those of ``solve``. Raises ArtifactError where ``out`` holds another
     job.
     """
+    if chunk < 1:
+        raise ValueError(f"chunk is 1 or more, not {chunk!r}")
     given, folder = list(prompts), user_path(out)
     job = _job(lm, given, judge, place, options) | {
         "chunk": chunk,
@@ -106,6 +110,7 @@ def read_targets(path: str | Path) -> list[Target]:
             record["answer"],
             record["score"],
             record["first_score"],
+            tuple(record["answer_ids"]),
             load_artifact(folder / record["edit"]),
         )
         for record in read_records(folder)
@@ -180,7 +185,8 @@ def _record(solution: Solution) -> dict[str, Any]:
         "prompt": solution.prompt,
         "answer": solution.answer,
         "score": solution.score,
-        "perplexity": solution.perplexity,
+        "answer_ids": list(solution.answer_ids),
+        "perplexity": solution.perplexity if math.isfinite(solution.perplexity) else None,
         "size": solution.size,
         "first_answer": solution.first.answer,
         "first_score": solution.first.score,

@@ -119,7 +119,8 @@ class Judge:
         A question that does not name them as alternatives gets them in that order at its end. A
         judge that reads the answer is moved little by this; one that says what it read last, is.
         """
-        both = re.compile(rf"\b({re.escape(self.yes)})( or |/)({re.escape(self.no)})\b", re.I)
+        yes, no = re.escape(self.yes), re.escape(self.no)
+        both = re.compile(rf"\b({yes}|{no})( or |/)({yes}|{no})\b", re.I)
         if both.search(self.question):
             return replace(self, question=both.sub(r"\3\2\1", self.question))
         return replace(self, question=f"{self.question} {self.no} or {self.yes}?")

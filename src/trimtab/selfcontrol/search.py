@@ -7,9 +7,9 @@ stays as fluent as the first answer. Letters: L layers, N chosen prompt tokens, 
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from trimtab.artifact import Meta
 from trimtab.chat import Batch, Encoded
 from trimtab.decode import Sampling, columns
 from trimtab.edits import Add
-from trimtab.lm import LM
+from trimtab.errors import ChatError
+from trimtab.lm import LM, listed_prompts
 from trimtab.place import Place
 from trimtab.selfcontrol.judge import Judge, Judges, encoded, groups, listed, readings
 from trimtab.selfcontrol.slopes import PROMPT, Objective, count, places_of, shaped, slopes
@@ -138,9 +139,14 @@ class Options:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("search", "branches", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is 1 or more, not {getattr(self, name)!r}")
+        for name in ("search", "branches", "max_new_tokens", "batch_size", "at_once", "top_k"):
+            if (value := getattr(self, name)) is not None and (value < 1 or value % 1):
+                raise ValueError(f"{name} is a whole number of 1 or more, not {value!r}")
+        if not self.max_perplexity_ratio > 0:
+            raise ValueError(
+                f"max_perplexity_ratio is above 0, not {self.max_perplexity_ratio!r}; math.inf "
+                "bounds nothing"
+            )
         for name, known in (("accept", ("first", "best")), ("direction", ("gradient", "random"))):
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -198,9 +204,16 @@ def solve(
     >>> solve(lm, "You lose your keys. How do you feel?", judge, steps=3)       # doctest: +SKIP
     """
     chosen, judges = Options(**options), listed(judge)
-    single = isinstance(prompt, str) or (isinstance(prompt, list) and _is_chat(prompt))
-    given = [prompt] if single else prompt
+    given: Any = prompt
+    single = False
+    if not isinstance(prompt, Batch):
+        given, single = listed_prompts(prompt)
     rows = encoded(lm, given)
+    if any(row.prompt_len < len(row.ids) for row in rows) and initial_response is None:
+        raise ChatError(
+            "a prompt ends with an answer; end it with a user turn, and give what the model has "
+            "said as initial_response="
+        )
     if initial_response is not None:
         texts = [initial_response] if single else initial_response
         starts = [row.ids[row.prompt_len :] for row in encoded(lm, given, texts)]
@@ -223,17 +236,12 @@ def solve(
     return made[0] if single else made
 
 
-def _is_chat(prompt: Sequence[Any]) -> bool:
-    return bool(prompt) and isinstance(prompt[0], Mapping)
-
-
 class _Search:
     """The parts of one iteration, for any number of prompts at once."""
 
     def __init__(self, lm: LM, judges: list[Judge], options: Options) -> None:
         self.lm, self.judges, self.options = lm, judges, options
-        for judge in judges:
-            judge.check(lm)
+        self.tail = max(len(judge.tail(lm).ids) for judge in judges)  # also checks their words
 
     def begin(self, states: list[_State], answers: list[list[int]] | None) -> None:
         """The first answers: given, or the best branch without an edit."""
@@ -246,17 +254,31 @@ class _Search:
             best = max(range(len(own)), key=lambda i: own[i].score)
             first = own[best]
             state.bound = (
-                first.perplexity * self.options.max_perplexity_ratio,
-                max(first.repetition, self.options.max_repetition),
+                self._usual(state, own, answers is None) * self.options.max_perplexity_ratio,
+                max(min(one.repetition for one in own), self.options.max_repetition),
             )
             state.answer, state.score = answers_[best], first.score
             state.perplexity = first.perplexity
             own[best] = replace(first, accepted=True)
             state.trace.append(Iteration(0, tuple(own)))
 
+    def _usual(self, state: _State, tries: list[Try], own: bool) -> float:
+        """The perplexity of what the model answers by itself: of its likeliest first answer.
+
+        An answer that was given, or is empty, says nothing of that: then the model writes one.
+        """
+        found = [one.perplexity for one in tries if math.isfinite(one.perplexity)]
+        if own and found:
+            return min(found)
+        batch = chat.pad([state.row()], chat.pad_id(self.lm.tokenizer))
+        tokens = self.options.max_new_tokens
+        written = complete(self.lm, batch, None, 2, tokens, self.tail)[0]  # 2: never empty
+        made = readings(self.lm, self.judges, [state.row(written)])
+        return float(made.perplexity[0])
+
     def iterate(self, states: list[_State], number: int) -> None:
         """One iteration for prompts that are still going; those without an accepted step stop."""
-        downhill, norms = self._directions(states)
+        downhill, norms = self._directions(states, number)
         tried: list[list[Try]] = [[] for _ in states]
         for state in states:
             state.alive = False
@@ -285,7 +307,10 @@ class _Search:
             for one, ids in zip(own, texts, strict=True)
         ]
         best = [max(own, key=lambda one: (one.fluent, one.score)) for own in tries]
-        better = [t for t in best if t.fluent and t.score > state.score + self.options.threshold]
+        # The same answer scores the same, whatever rounding in another batch made of it.
+        same = {id(one) for one, ids in flat if ids == state.answer}
+        gains = {id(t): 0.0 if id(t) in same else t.score - state.score for t in best}
+        better = [t for t in best if t.fluent and gains[id(t)] > self.options.threshold]
         if not better:
             return [one for one, _ in flat]
         if self.options.accept == "first":
@@ -299,7 +324,9 @@ class _Search:
 
     # -- directions --------------------------------------------------------------------------------
 
-    def _directions(self, states: list[_State]) -> tuple[list[Tensor], list[tuple[float, ...]]]:
+    def _directions(
+        self, states: list[_State], number: int
+    ) -> tuple[list[Tensor], list[tuple[float, ...]]]:
         """For each prompt the step of size 1 [L, N, D], and the largest |g| by layer."""
         options = self.options
         found = slopes(
@@ -320,7 +347,7 @@ class _Search:
             length = length.median(1, keepdim=True).values  # by layer: a first token may be huge
             norms.append(tuple(torch.linalg.vector_norm(g, dim=-1).amax(1).tolist()))
             if options.direction == "random":
-                g = _random_like(g, state.ids, options.seed)
+                g = _random_like(g, state.ids, options.seed + 7919 * number)
             steps.append(-self._scaled(g, length))
         return steps, norms
 
@@ -329,6 +356,7 @@ class _Search:
         options = self.options
         unit = torch.ones_like(length) if options.absolute else length / 100
         if options.pgd is not None:
+            g = shaped(g[:, None], None, options.top_k)[:, 0]
             norm: Tensor = torch.linalg.vector_norm(g, dim=-1, keepdim=True)
             return g / norm.clamp_min(1e-30) * unit
         if not options.absolute:
@@ -358,7 +386,9 @@ class _Search:
                 delta = state.delta if step is None else self._stepped(state, step, 1.0)
                 edits.append(None if step is None else Add(state.place, delta[:, None]))
             batch = chat.pad([items[i][0].row() for i in group], chat.pad_id(self.lm.tokenizer))
-            rows = complete(self.lm, batch, edits, options.branches, options.max_new_tokens)
+            rows = complete(
+                self.lm, batch, edits, options.branches, options.max_new_tokens, self.tail
+            )
             for k, i in enumerate(group):
                 answers[i] = rows[k * options.branches : (k + 1) * options.branches]
         return [answers[i] for i in range(len(items))]
@@ -431,7 +461,7 @@ class _Branching(Sampling):
             if begun or self.copies == 1:
                 return greedy(history, logits)
             begun = True
-            logits = logits.clone()
+            logits = self._processors()(cast(Any, history), cast(Any, logits)).clone()
             logits[:, list(self.ends)] = -math.inf
             number = torch.arange(len(logits), device=logits.device)[:, None] % self.copies
             return logits.topk(self.copies).indices.gather(1, number)[:, 0]
@@ -439,13 +469,23 @@ class _Branching(Sampling):
         return choose
 
 
-def complete(lm: LM, batch: Batch, edits: Any, copies: int, max_new_tokens: int) -> list[list[int]]:
+def complete(
+    lm: LM, batch: Batch, edits: Any, copies: int, max_new_tokens: int, tail: int = 0
+) -> list[list[int]]:
     """``copies`` greedy answers per row, side by side; with several, each begins differently.
 
-    The prompts run once for all their copies: the fewest passes that there can be.
+    The prompts run once for all their copies: the fewest passes that there can be. After an answer
+    the context has room for ``tail`` more tokens. Raises ChatError where there is none.
     """
     batch = batch.to(lm.device)
     room, call = lm._room(batch, max_new_tokens), lm._call(batch, edits)
+    if lm.context is not None and (left := lm.context - batch.ids.shape[1] - tail) < room:
+        if left < 1:
+            raise ChatError(
+                f"a prompt has {batch.ids.shape[1]} tokens and the judge's question {tail}, which "
+                f"leaves no room for an answer: this model takes {lm.context}"
+            )
+        room = left
     own = lm._defaults()
     sampling = _Branching(**own, copies=copies, ends=tuple(lm.end_ids))
     rows: list[list[int]] = [[] for _ in range(len(batch) * copies)]
@@ -460,7 +500,7 @@ def complete(lm: LM, batch: Batch, edits: Any, copies: int, max_new_tokens: int)
 def repetition(ids: Sequence[int]) -> float:
     """The share of token triples that were there before.
 
-    >>> repetition([1, 2, 3, 4, 1, 2, 3])
+    >>> round(repetition([1, 2, 3, 4, 1, 2, 3]), 3)
     0.2
     """
     triples = list(zip(ids, ids[1:], ids[2:], strict=False))
