@@ -618,14 +618,14 @@ def test_a_bound_stands_also_where_the_first_answer_says_nothing():
 def test_the_question_has_room_after_the_longest_answer():
     model = model_zoo.ARCHITECTURES["llama"](max_position_embeddings=128)
     lm = tt.LM(model, zoo.byte_tokenizer("chatml"))
-    long = "word " * 10
+    long = "word " * 30
     solutions = solve(lm, ["Hi", long], JUDGE, **LOOSE | {"max_new_tokens": 200, "steps": 1})
     tail = len(JUDGE.tail(lm).ids)
     for solution in solutions:
         row = len(lm.batch(solution.prompt).ids[0]) + len(solution.answer_ids)
         assert row + tail <= 128
     with pytest.raises(tt.ChatError, match="no room for an answer"):
-        solve(lm, "word " * 22, JUDGE, **LOOSE)
+        solve(lm, "word " * 50, JUDGE, **LOOSE)
 
 
 def test_a_prompt_that_ends_with_an_answer_is_refused():
