@@ -398,7 +398,7 @@ def tuning(
     draws = np.random.default_rng(0).choice(gain, (2000, len(gain))).mean(1)
     setting = {k: v for k, v in asdict(tuned.best).items() if k != "judged"}
     examples = [
-        {"prompt": p, **{n: answers[n][i] for n in answers}} for i, p in enumerate(held_out[:6])
+        {"question": p, **{n: answers[n][i] for n in answers}} for i, p in enumerate(held_out[:6])
     ]
     return {
         "held out": told,
@@ -454,7 +454,7 @@ def write_page(lines: list[dict[str, Any]], path: Path) -> None:
         if texts := line["tuned"]["examples"]:
             made.append(f"\n## {line['concept'].capitalize()}: answers to held-out prompts\n")
             for row in texts[:3]:
-                made.append(f"**{row['prompt']}**\n")
+                made.append(f"**{row['question']}**\n")
                 for name, told in NAMES.items():
                     text = " ".join(row[name].split()).replace("|", "\\|")
                     made.append(f"- *{told}*: {text} …")
