@@ -116,6 +116,28 @@ def _write(folder: Path, parts: Parts) -> None:
     (folder / JSON_NAME).write_text(text + "\n", encoding="utf-8")
 
 
+def write_file(path: str | Path, content: bytes) -> None:
+    """Write one file, whole or not at all, also when the machine stops. Raises ArtifactError."""
+    target = user_path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, made = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(handle)
+            os.chmod(made, 0o644)
+            os.replace(made, target)
+        except BaseException:
+            Path(made).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write {target}: {error.strerror}; choose another path"
+        ) from None
+
+
 def user_path(path: str | Path) -> Path:
     """A path as typed, where "~" is the home folder."""
     return Path(os.path.expanduser(path))

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from trimtab import chat
-from trimtab.artifact import Meta, user_path
+from trimtab.artifact import Meta, user_path, write_file
 from trimtab.chat import Encoded
 from trimtab.edits import Attend, Edit, LowRank
 from trimtab.errors import ArtifactError, PlaceError
@@ -385,7 +385,7 @@ def _answers(
         found |= dict(zip(group, lm.generate_ids(batch, own, answer_tokens), strict=True))
     answers = [found[i] for i in missing]
     if file is not None:
-        _write(file, json.dumps(answers))
+        write_file(file, json.dumps(answers).encode())
     return answers
 
 
@@ -409,16 +409,10 @@ def _claim(folder: Path, job: dict[str, Any]) -> None:
     if not file.is_file():
         if any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise ArtifactError(f"{folder} holds something else; name an empty or a new folder")
-        _write(file, json.dumps(job, indent=2))
+        write_file(file, json.dumps(job, indent=2).encode())
     old = json.loads(file.read_text())
     if differing := [k for k in job if old.get(k) != job[k]]:
         raise ArtifactError(
             f"{folder} belongs to a distillation with another {', '.join(differing)}; name another "
             "folder, or delete that one"
         )
-
-
-def _write(file: Path, text: str) -> None:
-    made = file.with_name(f".{file.name}-{os.getpid()}")
-    made.write_text(text, encoding="utf-8")
-    os.replace(made, file)

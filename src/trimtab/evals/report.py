@@ -7,16 +7,14 @@ import csv
 import html
 import io
 import math
-import os
 import re
 import statistics
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from trimtab.artifact import user_path
-from trimtab.errors import ArtifactError, TrimtabError
+from trimtab.artifact import user_path, write_file
+from trimtab.errors import TrimtabError
 
 COLUMNS = (*("arm", "scale", "effect", "interval", "perplexity", "ratio", "fluency", "repetition"),)
 NAMES = {
@@ -110,30 +108,11 @@ def write_csv(sweep: SweepLike, path: str | Path) -> None:
     writer.writeheader()
     for line in table(sweep):
         writer.writerow({k: "" if _is_nan(v) else v for k, v in line.items()})
-    _write(path, out.getvalue().encode())
+    write_file(path, out.getvalue().encode())
 
 
 def _is_nan(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _write(path: str | Path, content: bytes) -> None:
-    target = user_path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, made = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.chmod(made, 0o644)
-            os.replace(made, target)
-        except BaseException:
-            Path(made).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot write {target}: {error.strerror}; choose another path"
-        ) from None
 
 
 # -- plot ------------------------------------------------------------------------------------------
@@ -151,7 +130,7 @@ def plot(sweep: SweepLike, path: str | Path) -> None:
     suffix = user_path(path).suffix.lower()
     if suffix not in (".png", ".svg", ".pdf"):
         raise TrimtabError(f"a plot is a .png, .svg or .pdf file, not {str(path)!r}")
-    _write(path, _drawn(sweep, suffix[1:]))
+    write_file(path, _drawn(sweep, suffix[1:]))
 
 
 def _drawn(sweep: SweepLike, kind: str, ink: str = "#333333", *, clear: bool = False) -> bytes:
@@ -323,7 +302,7 @@ def write_page(sweep: SweepLike, path: str | Path) -> None:
     loads nothing and runs nothing: its content security policy forbids both. Where matplotlib is
     missing, the page says so in the plot's place.
     """
-    _write(path, page(sweep).encode("utf-8", "replace"))
+    write_file(path, page(sweep).encode("utf-8", "replace"))
 
 
 def page(sweep: SweepLike) -> str:

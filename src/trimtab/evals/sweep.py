@@ -8,7 +8,6 @@ asking for it in the prompt.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from trimtab.artifact import user_path
+from trimtab.artifact import user_path, write_file
 from trimtab.chat import Batch
 from trimtab.edits import Add, Edit, Sum
 from trimtab.errors import ArtifactError, ChatError
@@ -145,19 +144,9 @@ class Sweep:
 
     def save(self, path: str | Path) -> None:
         """Write everything as one JSON file, whole or not at all."""
-        target = user_path(path)
         made = {"title": self.title, "facts": dict(self.facts)}
         text = json.dumps(made | {"arms": [asdict(a) for a in self.arms]}, ensure_ascii=False)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            half = target.with_name(f".{target.name}-{os.getpid()}")
-            with half.open("w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(half, target)
-        except OSError as error:
-            raise ArtifactError(f"cannot write {target} ({error}); choose another path") from None
+        write_file(path, f"{text}\n".encode())
 
     @classmethod
     def load(cls, path: str | Path) -> "Sweep":
