@@ -1,19 +1,14 @@
-"""SelfControl: how fast is one iteration, and does it do what it says? Ratios within one run.
+"""SelfControl: how fast is one iteration? Ratios within one run.
 
-    python benchmarks/selfcontrol.py speed [--quick]
-    python benchmarks/selfcontrol.py effect --data ../shared/data/selfcontrol/emotions --prompts 100
+    python benchmarks/selfcontrol.py [--quick]
 
 "original" is a plain re-implementation in the order of the published code, written here as the
 reference: a backward pass per layer that keeps the graph, no KV cache, one try after another.
-"effect" measures the suffix score and an independent judge by iteration, for the gradient, a random
-direction with the same search, a mean-difference vector, and a prompt that asks.
 """
 
 import argparse
-import json
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,8 +17,7 @@ from torch import Tensor
 
 import trimtab as tt
 from trimtab import selfcontrol
-from trimtab.selfcontrol import Judge, Solution
-from trimtab.selfcontrol.judge import encoded, readings
+from trimtab.selfcontrol import Judge
 
 TOKENS, TRIES = 48, 3
 PROMPT = "Your train is late again and you miss the concert. How do you feel?"
@@ -32,24 +26,12 @@ OPTIONS = dict(steps=1, search=TRIES, max_new_tokens=TOKENS, max_perplexity_rati
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("part", choices=["speed", "effect"])
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/selfcontrol/emotions"))
-    parser.add_argument("--prompts", type=int, default=100, help="held-out scenarios per emotion")
-    parser.add_argument("--emotions", nargs="+", default=["sadness", "anger", "fear"])
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     lm = tt.LM.load("smollm2-135m", dtype="float32")
-    if args.part == "speed":
-        save("selfcontrol_speed", speed(lm, 1 if args.quick else 3))
-    else:
-        rows = [
-            row
-            for emotion in args.emotions
-            for row in effect(lm, emotion, args.data, args.prompts, args.steps, args.tokens)
-        ]
-        save("selfcontrol_effect", rows)
+    save("selfcontrol-speed", speed(lm, 1 if args.quick else 3))
 
 
 # -- speed -----------------------------------------------------------------------------------------
@@ -192,105 +174,6 @@ def together(lm: tt.LM, judge: Judge, repeats: int) -> list[dict[str, Any]]:
     )
     gain = times["one by one"] / times["together"]
     return [check("throughput of eight prompts together", gain, 3.0, at_least=True)]
-
-
-# -- effect ----------------------------------------------------------------------------------------
-
-# What the scenarios of an emotion are steered to, and how a prompt would ask for it.
-TOWARDS = {"sadness": "happiness", "anger": "calm", "fear": "courage", "happiness": "sadness"}
-ASK = {
-    "happiness": "Answer as someone who is very happy.",
-    "sadness": "Answer as someone who is very sad.",
-    "calm": "Answer as someone who is calm and peaceful.",
-    "courage": "Answer as someone who is brave and confident.",
-}
-
-
-def effect(
-    lm: tt.LM, emotion: str, data: Path, size: int, steps: int, tokens: int
-) -> list[dict[str, Any]]:
-    """Scores by iteration and method; every method is held to the same perplexity bound."""
-    scenes = json.loads((data / f"{emotion}.json").read_text())[-size:]
-    prompts = [f"{scene} How do you feel?" for scene in scenes]
-    wanted = TOWARDS[emotion]
-    judge, valence = Judge.named(wanted), _valence()
-    options = dict(steps=steps, max_new_tokens=tokens)
-    print(f"{emotion} -> {wanted}: {len(prompts)} scenarios")
-    rows = []
-    for direction in ("gradient", "random"):
-        found: list[Solution] = []
-        for i in range(0, len(prompts), 8):
-            own = prompts[i : i + 8]
-            found += selfcontrol.solve(lm, own, judge, direction=direction, **options)
-        scores = selfcontrol.scores_by_iteration(found, steps)
-        texts = [[_answer_at(s, k) for s in found] for k in range(steps + 1)]
-        for k, own_texts in enumerate(texts):
-            name = f"{emotion}, {direction}, iteration {k}"
-            outside = torch.tensor([valence(t) for t in own_texts])
-            rows.append(_row(name, scores[:, k], outside, own_texts))
-    first = [s.first for s in found]
-    ask, batches = ASK[wanted], [prompts[i : i + 32] for i in range(0, len(prompts), 32)]
-    asked = [t for own in batches for t in lm.generate(own, None, tokens, system=ask)]
-    rows.append(_measure(lm, f"{emotion}, prompt", judge, prompts, asked, valence))
-    vector = tt.concepts.fit(lm, tt.data.read("happiness"), "resid@0:30 answer[:16]")
-    sign = -1.0 if wanted == "sadness" else 1.0
-    best = [(one.score, one.answer) for one in first]
-    for dose in (0.0025, 0.005, 0.01, 0.02, 0.04):  # five tries, as the search has
-        edit = vector.edit(dose=sign * dose, layers=range(5, 22), tokens="prompt")
-        texts_ = [t for own in batches for t in lm.generate(own, edit, tokens)]
-        read = readings(lm, [judge], encoded(lm, prompts, texts_))
-        best = [
-            (float(s), t) if float(s) > b[0] and float(p) <= 1.5 * f.perplexity else b
-            for s, p, t, b, f in zip(read.score, read.perplexity, texts_, best, first, strict=True)
-        ]
-    scores_ = torch.tensor([score for score, _ in best])
-    texts_ = [text for _, text in best]
-    outside = torch.tensor([valence(t) for t in texts_])
-    rows.append(_row(f"{emotion}, mean difference", scores_, outside, texts_))
-    return rows
-
-
-def _answer_at(solution: Solution, iteration: int) -> str:
-    taken = [it.accepted for it in solution.trace[: iteration + 1] if it.accepted]
-    return taken[-1].answer
-
-
-def _measure(
-    lm: tt.LM,
-    name: str,
-    judge: Judge,
-    prompts: Sequence[str],
-    texts: Sequence[str],
-    outside: Callable[[str], float],
-) -> dict[str, Any]:
-    scores = judge.score(lm, prompts, texts)
-    return _row(name, scores, torch.tensor([outside(t) for t in texts]), texts)
-
-
-def _row(name: str, scores: Tensor, outside: Tensor, texts: Sequence[str]) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": name, "prompts": len(scores)}
-    for key, values in (("suffix score", scores), ("valence", outside)):
-        low, high = _interval(values)
-        row[key] = [round(v, 4) for v in (float(values.mean()), low, high)]
-    print(f"  {name:<36} {row['suffix score']}  valence {row['valence']}  {texts[0][:70]!r}")
-    return row
-
-
-def _interval(values: Tensor, resamples: int = 1000) -> tuple[float, float]:
-    """The 95 % bootstrap interval of a mean."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(values), (resamples, len(values)), generator=generator)
-    ends = torch.tensor([0.025, 0.975]).double()
-    low, high = values.double()[drawn].mean(1).quantile(ends).tolist()
-    return low, high
-
-
-def _valence() -> Callable[[str], float]:
-    """An independent judge: the valence of a text by a lexicon, from -1 to 1."""
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    analyzer = SentimentIntensityAnalyzer()
-    return lambda text: float(analyzer.polarity_scores(text)["compound"])
 
 
 if __name__ == "__main__":

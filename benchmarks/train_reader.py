@@ -48,6 +48,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--test-items", type=int, default=120, help="held-out items, all kinds alike")
     made.add_argument("--baselines", action="store_true", help="train decoders of nothing and text")
+    made.add_argument("--only", choices=["real", "none", "text"], help="train this one, no report")
     return made.parse_args()
 
 
@@ -75,8 +76,10 @@ def corpus(options: argparse.Namespace) -> tuple[list[Item], list[Item]]:
 
 
 def learn(lm: tt.LM, items: list[Item], options: argparse.Namespace, view: str, steps: int) -> Any:
-    """One decoder and its seconds a step."""
+    """One decoder; one that is finished is read."""
     out = options.out if view == "real" else options.out.with_name(f"{options.out.name}-{view}")
+    if (out / "artifact.json").exists():
+        return latentqa.Reader.load(out, lm)
     begun = time.perf_counter()
     reader = latentqa.train(
         lm,
@@ -131,6 +134,10 @@ def main() -> None:
     train, test = corpus(options)
     print(f"{len(train)} items to learn from, {len(test)} to test on", flush=True)
     lm = tt.LM.load(options.model, dtype=options.dtype)
+    if options.only:
+        steps = options.steps if options.only == "real" else options.baseline_steps
+        learn(lm, train, options, options.only, steps or options.steps)
+        return
     reader = learn(lm, train, options, "real", options.steps)
     readers = {}
     if options.baselines:

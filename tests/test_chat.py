@@ -15,7 +15,7 @@ import torch
 
 import tokenizers_zoo as zoo
 from trimtab import chat
-from trimtab.chat import PLAIN, Batch, Encoded, decode, encode, pad, pad_id
+from trimtab.chat import PLAIN, Batch, Encoded, decode, encode, layout, pad, pad_id
 from trimtab.errors import ChatError
 
 KINDS: dict[str, Callable[..., Any]] = {
@@ -201,7 +201,14 @@ def test_system_is_a_message_or_joins_the_first_user_turn(tokenizer: Any) -> Non
 def test_system_control_and_corner_cases() -> None:
     gemma = zoo.byte_tokenizer("gemma")
     with pytest.raises(ChatError, match=r"System role not supported.*system=\.\.\."):
-        encode(gemma, [{"role": "system", "content": "Be honest."}, USER])  # control
+        encode(gemma, [{"role": "system", "content": "Be honest."}])  # control: no user turn
+    for name in ("gemma", "mistral", "phi3", "chatml"):
+        other = zoo.byte_tokenizer(name)
+        lead = [{"role": "system", "content": "Be honest."}, USER]
+        assert encode(other, lead) == encode(other, [USER], system="Be honest.")
+        spans = layout(other, lead).spans
+        texts = [other.decode(layout(other, lead).ids[a:b]).strip() for a, b in spans]
+        assert texts == ["Be honest.", USER["content"]]
     phi3 = zoo.byte_tokenizer("phi3")  # drops it silently, even where the user says the same
     assert encode(phi3, "Hi there", system="Hi").ids == encode(phi3, "Hi\n\nHi there").ids
     chatml = zoo.byte_tokenizer("chatml")

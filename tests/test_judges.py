@@ -487,7 +487,7 @@ def test_classifier_takes_what_pipelines_and_functions_return():
         assert found.tolist() == pytest.approx(expected)
 
 
-def test_a_transformers_pipeline_is_a_classifier():
+def test_a_transformers_pipeline_is_a_classifier(tmp_path):
     from transformers import LlamaConfig, LlamaForSequenceClassification, pipeline
 
     config = LlamaConfig(
@@ -504,6 +504,13 @@ def test_a_transformers_pipeline_is_a_classifier():
         with torch.no_grad():
             logits = model(**tokenizer(answer, return_tensors="pt")).logits[0]
         assert float(p) == pytest.approx(float(logits.softmax(-1)[1]), abs=1e-5)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    read = Classifier.pretrained(str(tmp_path), "fear", device="cpu")
+    torch.testing.assert_close(read(PROMPTS, ANSWERS), found, atol=1e-5, rtol=0)
+    assert not torch.allclose(Classifier(read.model, "joy")(PROMPTS, ANSWERS), found, atol=1e-3)
+    with pytest.raises(TrimtabError, match="cannot be read as a text classifier"):
+        Classifier.pretrained(str(tmp_path / "missing"))
 
 
 def test_lexicon_counts_whole_words():

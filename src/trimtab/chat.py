@@ -143,7 +143,8 @@ def encode(
     {"role", "content"} is a conversation (`PLAIN` where there is no template), whose last assistant
     message is the answer unless `answer` is given. `answer`: text, or token ids that are appended
     as they are. `raw`: the prompt is plain text, with the tokenizer's own BOS. `system`: a system
-    message in front, or in the first user turn where the template takes none.
+    message in front, or in the first user turn where the template takes none; a conversation's own
+    leading system message is put there too.
 
     The prompt's ids are exactly those of the template's generation prompt; the answer's are those
     of the answer in its place, without the template's closers. The text of a special token becomes
@@ -456,11 +457,15 @@ def _common(a: str, b: str) -> int:
 def _with_system(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], system: str | None
 ) -> list[Message]:
-    """The conversation with the system text in front, or in its first user turn if it must be."""
+    """The conversation with the system text in front, or in its first user turn if it must be.
+
+    A system message that leads the conversation is treated alike, whatever the template takes.
+    """
+    if messages and messages[0]["role"] == "system" and (system is not None or len(messages) > 1):
+        own, messages = messages[0]["content"], messages[1:]
+        system = own if system is None else f"{system}\n\n{own}"
     if system is None:
         return _some(messages)
-    if messages and messages[0]["role"] == "system":
-        system, messages = f"{system}\n\n{messages[0]['content']}", messages[1:]
     fronted = [{"role": "system", "content": system}, *messages]
     user = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
     if user is None or _shows(tokenizer, fronted, system):

@@ -52,6 +52,27 @@ class Classifier:
         model = make_pipeline(words, LogisticRegression(C=10.0, max_iter=1000))
         return cls(model.fit(list(texts), list(labels)), target)
 
+    @classmethod
+    def pretrained(cls, model: str, target: Any = None, *, device: Any = None) -> "Classifier":
+        """A text-classification model of the hub or of a folder, read by transformers.
+
+        For toxicity ``Classifier.pretrained("unitary/toxic-bert", "toxic")``, for the mood of a
+        text one of the emotion classifiers. Only safetensors weights are read. Raises TrimtabError.
+        """
+        from transformers import pipeline
+
+        task: Any = "text-classification"
+        try:
+            made = pipeline(
+                task, model=model, device=device, model_kwargs={"use_safetensors": True}
+            )
+        except (OSError, ValueError) as error:
+            raise TrimtabError(
+                f"{model!r} cannot be read as a text classifier ({error}); give the name of one on "
+                "the hub, or a folder with its weights and its tokenizer"
+            ) from None
+        return cls(made, target)
+
     def __call__(self, prompts: Sequence[Any], answers: Sequence[str]) -> Tensor:
         """The target's probability, [B] float64; prompts are not read."""
         texts = list(answers)

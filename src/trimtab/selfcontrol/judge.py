@@ -30,7 +30,7 @@ _STATE, _FEELING = "How do you feel?", "What do you feel?"
 _PAIRS = {
     "happiness": (_STATE, "Happy", "Sad", "sadness"),
     "calm": (_STATE, "Peaceful", "Angry", "anger"),
-    "courage": (_STATE, "Confident", "Afraid", "fear"),
+    "security": (_STATE, "Safe", "Scared", "fear"),
     "delight": (_STATE, "Delighted", "Disgusted", "disgust"),
     "surprise": (_STATE, "Surprised", "Bored", "boredom"),
     "pride": (_STATE, "Proud", "Ashamed", "shame"),
