@@ -20,7 +20,7 @@ FLOORS = [
     {"errors", "place", "edits", "merge", "recording", "artifact", "journal"}
     | {"solvers", "inductor"},
     {"anatomy", "taps"},
-    {"chat", "models", "lm", "decode", "harvest", "compiled", "remote"},
+    {"chat", "models", "lm", "decode", "harvest", "compiled", "remote"} | {"writer"},
     {"concepts", "selfcontrol", "prefix", "latentqa"},
     {"data", "evals"},
     {"cli", "server", "web", "vllm", "gguf", "hub", "__main__"},

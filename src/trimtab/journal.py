@@ -5,6 +5,7 @@ Knows files and JSON; knows nothing of what the pieces are.
 
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -19,12 +20,14 @@ class Journal:
     """A file with one JSON line per finished piece; without a path, memory alone.
 
     The first line says which ``job`` the pieces belong to. A line that a crash left half written is
-    dropped. Raises ArtifactError where the file belongs to another job or cannot be read.
+    dropped. Threads may make different pieces at a time. Raises ArtifactError where the file
+    belongs to another job or cannot be read.
     """
 
     def __init__(self, path: str | Path | None, job: Mapping[str, Any]) -> None:
         self.path = None if path is None else user_path(path)
         self._done: dict[str, Any] = {}
+        self._lock = threading.Lock()
         if self.path is not None:
             self._open(self.path, json.loads(json.dumps(dict(job))))
 
@@ -72,7 +75,8 @@ class Journal:
 
     def _append(self, key: str, value: Any) -> None:
         if self.path is not None:
-            self._write({"key": key, "value": value})
+            with self._lock:
+                self._write({"key": key, "value": value})
 
     def _write(self, entry: dict[str, Any]) -> None:
         self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")

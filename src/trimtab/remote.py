@@ -30,6 +30,10 @@ class RemoteError(TrimtabError):
         self.status, self.again, self.wait = status, again, wait
 
 
+class EmptyAnswer(RemoteError):
+    """The server answered, and there is no text in it."""
+
+
 class Server:
     """One OpenAI-compatible chat endpoint: bounded retries, and errors that never show the key."""
 
@@ -125,7 +129,7 @@ def chat(
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     choice = server.ask(turns, **options)
     if not choice.message.content:
-        raise TrimtabError(
+        raise EmptyAnswer(
             f"{server.shown} gave an empty answer (finish_reason {choice.finish_reason!r}); a "
             "model that thinks first needs a larger max_tokens="
         )

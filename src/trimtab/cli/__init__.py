@@ -13,6 +13,7 @@ from trimtab import __version__
 from trimtab.cli import (
     ask,
     chat,
+    curate,
     demo,
     distill,
     doctor,
@@ -54,6 +55,7 @@ for command in (
     chat.chat,
     solve.solve,
     distill.distill,
+    curate.curate,
     train_reader.train_reader,
     ask.ask,
     steer.steer,

@@ -4,6 +4,7 @@ After Pan et al. 2024 (arXiv 2412.08686). ``train`` makes a reader, ``reader.ask
 ``steer`` finds the edit of the model under which the reader would give the answers that you want.
 """
 
+from trimtab.latentqa.curate import curate
 from trimtab.latentqa.data import (
     Item,
     attach,
@@ -12,6 +13,7 @@ from trimtab.latentqa.data import (
     sentence_qa,
     split,
     template_qa,
+    write_items,
 )
 from trimtab.latentqa.lora import Lora
 from trimtab.latentqa.measure import Scores, choices, evaluate, linear_choices
@@ -29,6 +31,7 @@ __all__ = [
     "attach",
     "builtin",
     "choices",
+    "curate",
     "evaluate",
     "harvest_items",
     "linear_choices",
@@ -40,4 +43,5 @@ __all__ = [
     "template_qa",
     "train",
     "wanted",
+    "write_items",
 ]

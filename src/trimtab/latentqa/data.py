@@ -8,12 +8,12 @@ import json
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from trimtab import chat
-from trimtab.artifact import user_path
+from trimtab.artifact import user_path, write_file
 from trimtab.errors import ArtifactError, ChatError
 
 Kind = Literal["system", "control", "stimulus", "stimulus_completion"]
@@ -135,6 +135,13 @@ def read_items(source: Any) -> list[Item]:
     if any(isinstance(one, str | Path) for one in listed):
         return [item for one in listed for item in read_items(one)]
     return [one if isinstance(one, Item) else _item(one) for one in listed]
+
+
+def write_items(items: Iterable[Item], path: str | Path) -> None:
+    """Items as a .jsonl file that ``read_items`` gives back. Raises ArtifactError."""
+    rows = ({k: v for k, v in asdict(item).items() if v not in (None, ())} for item in items)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_file(path, "".join(lines).encode())
 
 
 def read_qa(source: Any) -> dict[str, Pairs]:
@@ -317,7 +324,7 @@ def _pairs(value: Any) -> Pairs:
 
 def _rows(file: Path) -> list[Any]:
     if file.suffix == ".jsonl":
-        lines = _text(file).splitlines()
+        lines = _text(file).split("\n")  # and no other line end: JSON holds U+2028 as it is
         return [
             _parsed(line, f"{file} line {i}") for i, line in enumerate(lines, 1) if line.strip()
         ]

@@ -10,7 +10,6 @@ curve of one at the same global batch. ``shard=True`` also shares the frozen wei
 
 import json
 import math
-import os
 import random
 import shutil
 import time
@@ -22,11 +21,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load
+from safetensors.torch import save as dump
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from trimtab.artifact import Meta, user_path
+from trimtab.artifact import Meta, user_path, write_file
 from trimtab.errors import ArtifactError, TrimtabError
 from trimtab.latentqa import data
 from trimtab.latentqa.data import Item
@@ -37,7 +37,7 @@ from trimtab.lm import LM
 from trimtab.place import LayerSpec, Place
 from trimtab.recording import Recording
 
-STATE, WEIGHTS, LOG = "checkpoint.json", "checkpoint.safetensors", "log.jsonl"
+STATE, LOG = "checkpoint.json", "log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,11 @@ def train(
     made_by = {"method": "latentqa", "items": len(train_items), **asdict(plan)}
     reader = Reader(lm, lora, wiring, Meta(name, lm.describe(), made_by))
     run = _Run(reader, plan, train_items, aside[:evaluate_items], out, World.join())
-    with run.world.sharded(lm, shard):
+    show_progress = show_progress and run.world.rank == 0
+    with run.world.guarded(run.progress), run.world.sharded(lm, shard):
         run.prepare(harvest, show_progress)
         run.train(evaluate_every, save_every, tracker, show_progress)
-    return run.finish()
+        return run.finish()
 
 
 def harvest_items(
@@ -266,6 +267,11 @@ class _Run:
     ) -> None:
         """All steps that are left."""
         self.resume()
+        if not self.world.agrees(self.step):
+            raise ArtifactError(
+                f"process {self.world.rank} would go on from step {self.step}, but not all others "
+                f"would; give every process the same {self.folder}, on storage that they share"
+            )
         track = _tracker(tracker, self.folder, {**asdict(self.plan)}, self.world.rank)
         bar = tqdm(total=self.steps, initial=self.step, desc="training", disable=not show_progress)
         try:
@@ -294,7 +300,7 @@ class _Run:
         with _seeded(plan.seed, self.step, self.world.rank, self.reader.lm.device):
             for part in self.world.share(_parts(len(rows), plan.batch_size)):
                 total += self.backward([rows[i] for i in part], [shown[i] for i in part], labels)
-        self.world.add_up(self.parameters, self.step, self.folder)
+        self.world.add_up(self.parameters)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, plan.clip or math.inf))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -381,8 +387,7 @@ class _Run:
         if self.out is not None and self.world.rank == 0:
             self.reader.save(self.out)
             if self.folder is not None:
-                for file in (STATE, WEIGHTS):
-                    (self.folder / file).unlink(missing_ok=True)
+                self.sweep_out()
                 shutil.rmtree(self.folder / "activations", ignore_errors=True)
         self.world.wait()
         return self.reader
@@ -396,21 +401,39 @@ class _Run:
         return facts | {"batch": self.batch, "model": self.reader.lm.describe()["fingerprint"]}
 
     def save(self) -> None:
-        """Write a checkpoint: the adapter, the optimiser and the log, whole or not at all."""
+        """Write a checkpoint: the adapter, the optimiser and the log, whole or not at all.
+
+        The state names its file of tensors, so that a run that is killed between the two goes on
+        from the checkpoint before.
+        """
         if self.folder is None or self.world.rank != 0:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"p.{i}": p.detach() for i, p in enumerate(self.parameters)}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"o.{i}.{k}": v for k, v in state.items()}
         tensors |= {f"m.{i}": m for i, m in enumerate(self.mean or [])}
         plain = {k: v.cpu().contiguous() for k, v in tensors.items()}
-        fresh = self.folder / f".{WEIGHTS}"
-        save_file(plain, fresh, {"step": str(self.step)})
-        state = {"step": self.step, "facts": self.facts(), "log": self.log}
-        (self.folder / f".{STATE}").write_text(json.dumps(state), encoding="utf-8")
-        os.replace(fresh, self.folder / WEIGHTS)
-        os.replace(self.folder / f".{STATE}", self.folder / STATE)
+        weights = f"checkpoint-{self.step}.safetensors"
+        write_file(self.folder / weights, dump(plain))
+        facts = {"step": self.step, "weights": weights, "facts": self.facts(), "log": self.log}
+        write_file(self.folder / STATE, json.dumps(facts).encode())
+        self.sweep_out(keep=(STATE, weights))
+
+    def sweep_out(self, keep: Sequence[str] = ()) -> None:
+        """Delete older checkpoints, and what a kill in the middle of writing one left."""
+        for file in [] if self.folder is None else self.folder.glob("*checkpoint*"):
+            if file.name not in keep:
+                file.unlink(missing_ok=True)
+
+    def progress(self) -> str:
+        """How far this run came, and where the same call goes on."""
+        here = f"at step {min(self.step + 1, self.steps)} of {self.steps}."
+        if self.folder is None or not (self.folder / STATE).is_file():
+            why = "no out= was given" if self.folder is None else "none was written yet"
+            return f"{here} There is no checkpoint ({why}): the same command begins anew"
+        kept = json.loads((self.folder / STATE).read_text(encoding="utf-8"))["step"]
+        where = f"The checkpoint after step {kept} is in {self.folder}"
+        return f"{here} {where}: run the same command again to go on from there"
 
     def resume(self) -> None:
         """Go on where a checkpoint of the same run stopped, if there is one."""
@@ -418,7 +441,8 @@ class _Run:
             return
         try:
             state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-            tensors = load((self.folder / WEIGHTS).read_bytes())
+            weights = state.get("weights", "checkpoint.safetensors")  # the older name of all
+            tensors = load((self.folder / weights).read_bytes())
         except (OSError, ValueError, SafetensorError) as error:
             raise ArtifactError(
                 f"the checkpoint in {self.folder} cannot be read ({error}); delete that folder"

@@ -6,19 +6,16 @@ Knows files and the search; knows nothing of gradients. A folder of targets hold
     targets/edits/00003/         the edit of a kept prompt, as an artifact for ``tt.load``
 """
 
-import difflib
 import hashlib
 import json
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from trimtab import remote
 from trimtab.artifact import load_artifact, user_path
 from trimtab.edits import Edit
 from trimtab.errors import ArtifactError, ChatError
@@ -28,6 +25,7 @@ from trimtab.place import Place
 from trimtab.selfcontrol.judge import Judges, listed
 from trimtab.selfcontrol.search import Options, Solution, solve
 from trimtab.selfcontrol.slopes import PROMPT
+from trimtab.writer import Writer, known, lines
 
 RECORDS = "records.jsonl"
 
@@ -261,7 +259,6 @@ _ASK = (
     "Write {n} different short messages that a person could send to a chat assistant. "
     "All of them are about this: {description}. One message per line, nothing else."
 )
-_NUMBERED = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])\s*")
 
 
 def seed_prompts(
@@ -283,50 +280,16 @@ def seed_prompts(
     characters, and near copies of others, are dropped. Fewer than ``n`` come back where ``rounds``
     requests give no more; ChatError where they give none.
     """
-    write = _writer(writer, model, api_key, temperature)
+    write = Writer(writer, model, api_key, temperature)
     found: list[str] = []
     for number in range(rounds):
         text = write(_ASK.format(n=min(n, 16), description=description), seed + number)
-        for line in _lines(text, length):
-            if len(found) < n and not _known(line, found):
+        for line in lines(text):
+            fits = length[0] <= len(line) <= length[1]
+            if len(found) < n and fits and not known(line, found):
                 found.append(line)
         if len(found) == n:
             break
     if not found:
         raise ChatError(f"{rounds} requests gave no usable prompt about {description!r:.60}")
     return found
-
-
-def _writer(
-    writer: Any, model: str | None, api_key: str | None, temperature: float
-) -> Callable[[str, int], str]:
-    if isinstance(writer, LM):
-        return lambda text, seed: str(
-            writer.generate(
-                text, max_new_tokens=400, temperature=temperature, top_p=0.95, seed=seed
-            )
-        )
-    if not isinstance(writer, str) or model is None:
-        raise ChatError(
-            f"the writer is an LM, or an endpoint's URL with model=, not {writer!r:.60} with "
-            f"model={model!r}"
-        )
-
-    def ask(text: str, seed: int) -> str:
-        options: dict[str, Any] = {"max_tokens": 1000, "temperature": temperature, "seed": seed}
-        return remote.chat(writer, model, text, api_key=api_key, **options)
-
-    return ask
-
-
-def _lines(text: str, length: tuple[int, int]) -> Iterator[str]:
-    for line in text.splitlines():
-        line = _NUMBERED.sub("", line).strip().strip('"“”').strip()
-        if length[0] <= len(line) <= length[1] and not line.endswith(":"):
-            yield line
-
-
-def _known(line: str, found: list[str]) -> bool:
-    """Whether nearly the same line is there already."""
-    plain = line.casefold()
-    return any(difflib.SequenceMatcher(None, plain, f.casefold()).ratio() > 0.85 for f in found)

@@ -33,7 +33,7 @@ _PAIRS = {
     "security": (_STATE, "Safe", "Scared", "fear"),
     "delight": (_STATE, "Delighted", "Disgusted", "disgust"),
     "surprise": (_STATE, "Surprised", "Bored", "boredom"),
-    "pride": (_STATE, "Proud", "Ashamed", "shame"),
+    "pride": (_STATE, "Proud", "Guilty", "guilt"),
     "gratitude": (_STATE, "Thankful", "Resentful", "resentment"),
     "love": (_FEELING, "Love", "Hate", "hate"),
     "hope": (_FEELING, "Hope", "Despair", "despair"),
