@@ -128,6 +128,38 @@ def report(found: dict[str, Any], reader: Any, test: list[Item], readers: dict[s
         found |= told("gap closed", scores.gap_closed("real", empty, "text"))
 
 
+def curve(log: Path, picture: Path) -> dict[str, float]:
+    """A power law of the steps, a + b step^-c, fitted to the losses of questions that are new when
+    they are trained on (the first epoch), and drawn; what ten times the steps should bring."""
+    import matplotlib
+    import numpy as np
+    from scipy.optimize import curve_fit
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    loss = np.array([json.loads(line)["loss"] for line in log.read_text().splitlines()])
+    width = max(1, len(loss) // 48)
+    means = loss[: len(loss) // width * width].reshape(-1, width).mean(1)
+    steps = (np.arange(len(means)) + 0.5) * width
+
+    def law(step: Any, a: float, b: float, c: float) -> Any:
+        return a + b * step**-c
+
+    bounds = ([0.0, 0.0, 0.05], [float(means.min()), 20.0, 2.0])
+    found, _ = curve_fit(law, steps[1:], means[1:], (means.min() / 2, 1.0, 0.3), bounds=bounds)
+    facts = {"a": found[0], "b": found[1], "c": found[2], "last": law(len(loss), *found)}
+    facts["ten times the steps"] = law(10 * len(loss), *found)
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    axes.plot(steps, means, ".", label=f"mean loss of {width} steps")
+    far = np.geomspace(steps[1], 10 * len(loss), 100)
+    axes.plot(far, law(far, *found), label=f"{found[0]:.2f} + {found[1]:.2f} step^-{found[2]:.2f}")
+    axes.set(xscale="log", xlabel="step", ylabel="loss of the answers, nats a token")
+    axes.legend()
+    figure.savefig(picture, metadata={"Date": None})
+    return {name: round(float(value), 4) for name, value in facts.items()}
+
+
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
@@ -152,8 +184,11 @@ def main() -> None:
         found |= told(f"four-way choice, {view}", latentqa.choices(reader, test, view=view))
     found |= told("four-way choice, plain model", latentqa.choices(reader, test, worn=False))
     found |= told("four-way choice, linear probe", latentqa.linear_choices(reader, train, test))
+    folder = options.out.with_name(f"{options.out.name}-training")
+    found["curve"] = curve(folder / "log.jsonl", folder / "loss.svg")
+    print(found["curve"])
     facts = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-    Path(f"{options.out}-training/report.json").write_text(
+    (folder / "report.json").write_text(
         json.dumps({"options": facts, "found": found}, indent=1) + "\n"
     )
     for item in test[:6]:
