@@ -202,13 +202,13 @@ ANSWERS: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
-def prompts(data: Path, emotion: str, count: int, held_out: bool) -> list[str]:
-    """The first scenarios, or the last, each followed by the question."""
+def prompts(data: Path, emotion: str, held_out: int) -> tuple[list[str], list[str]]:
+    """Scenarios, each followed by the question: those to learn from, and the last ones."""
     scenes: list[str] = json.loads((data / f"{emotion}.json").read_text(encoding="utf-8"))
-    if 2 * count > len(scenes):
-        raise SystemExit(f"{emotion} has {len(scenes)} scenarios: too few for twice {count}")
-    chosen = scenes[-count:] if held_out else scenes[:count]
-    return [f"{scene} {QUESTION}" for scene in chosen]
+    if 2 * held_out > len(scenes):
+        raise SystemExit(f"{emotion} has {len(scenes)} scenarios: too few to hold out {held_out}")
+    asked = [f"{scene} {QUESTION}" for scene in scenes]
+    return asked[:-held_out], asked[-held_out:]
 
 
 class Outside:

@@ -30,6 +30,7 @@ from torch import Tensor
 import trimtab as tt
 from trimtab import selfcontrol
 from trimtab.journal import Journal
+from trimtab.merge import fingerprint
 from trimtab.selfcontrol import Judge, Options, Solution
 from trimtab.selfcontrol.judge import encoded, readings
 from trimtab.selfcontrol.search import repetition
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/selfcontrol/emotions"))
     parser.add_argument("--out", type=Path, default=Path("runs/selfcontrol"))
     parser.add_argument("--emotions", nargs="+", default=list(TOWARDS), choices=list(TOWARDS))
-    parser.add_argument("--prompts", type=int, default=100, help="scenarios per emotion and split")
+    parser.add_argument("--prompts", type=int, default=100, help="held-out scenarios per emotion")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -90,8 +91,7 @@ class Emotion:
         self.lm, self.name, self.size = lm, name, args.prompts
         self.wanted, self.ask = TOWARDS[name]
         self.judge = Judge.named(self.wanted)
-        self.learnt = prompts(args.data, name, args.prompts, held_out=False)
-        self.prompts = prompts(args.data, name, args.prompts, held_out=True)
+        self.learnt, self.prompts = prompts(args.data, name, args.prompts)
         job = {
             "model": lm.describe()["fingerprint"],
             "dtype": str(lm.model.dtype),
@@ -235,7 +235,7 @@ def prefixes(lm: tt.LM, args: argparse.Namespace) -> list[Row]:
     made = {name: distilled(lm, one, args.out) for name, one in ones.items()}
     rows: list[Row] = []
     for name, one in ones.items():
-        rows += kept(f"{name}, controller", one, made[name], "prefix", 0.7)
+        rows += kept(f"{name}, controller", one, made[name], 0.7)
     if len(made) > 1:
         rows += composed(ones, made)
     name = args.emotions[0]
@@ -249,7 +249,8 @@ def distilled(lm: tt.LM, one: Emotion, out: Path) -> Any:
     solved = selfcontrol.targets(lm, one.learnt, one.judge, folder, chunk=CHUNK, **SEARCH)
     middle = time.perf_counter()
     print(f"{one.name}: {len(solved)} of {len(one.learnt)} solved, {middle - begun:.0f} s")
-    made = tt.prefix.distill(lm, solved, out=out / f"{one.name}-prefix", name=one.wanted)
+    folder = out / f"{one.name}-prefix"
+    made = tt.prefix.distill(lm, solved, epochs=8, out=folder, name=one.wanted)
     matched = made.meta.scores["matched"]
     print(f"  distilled, matched {matched:.3f}, {time.perf_counter() - middle:.0f} s", flush=True)
     return made
@@ -264,18 +265,23 @@ def composed(ones: dict[str, Emotion], made: dict[str, Any]) -> list[Row]:
         mean, total = mean + weight * other, total + other
     rows = []
     for name, one in ones.items():
-        own = gain(one, one.generated("prefix", made[name]))
+        own = gain(one, one.generated(key(made[name]), made[name]))
         for label, edit in ((f"weights of {weight:.2g}", mean), ("sum", total)):
-            got = gain(one, one.generated(f"composed {label} {list(made)}", edit))
+            got = gain(one, one.generated(key(edit), edit))
             told = f"{name}, composed by {label}: of its own gain"
             rows.append(check(told, got / own, 0.5, at_least=True))
     return rows
 
 
-def kept(label: str, one: Emotion, edit: Any, key: str, budget: float) -> list[Row]:
+def key(edit: Any) -> str:
+    """What an edit's answers are kept under."""
+    return f"edit {fingerprint(edit)}"
+
+
+def kept(label: str, one: Emotion, edit: Any, budget: float) -> list[Row]:
     """The share of the mean gain of solving each held-out prompt that one edit for all keeps."""
     each = statistics.fmean(rows[-1]["score"] - rows[0]["score"] for rows in one.solved("gradient"))
-    found = one.generated(key, edit)
+    found = one.generated(key(edit), edit)
     got = gain(one, found)
     ratios = [a["perplexity"] / b["perplexity"] for a, b in zip(found, one.plain(), strict=True)]
     print(

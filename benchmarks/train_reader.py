@@ -112,20 +112,43 @@ def told(name: str, interval: tuple[float, float, float]) -> dict[str, Any]:
     return {name: [round(x, 4) for x in interval]}
 
 
-def report(found: dict[str, Any], reader: Any, test: list[Item], readers: dict[str, Any]) -> None:
-    """All numbers for some items."""
+def asked(kind: str, items: list[Item]) -> list[bool]:
+    """Which of the questions about items are about those of a kind."""
+    return [kind in ("all", item.kind) for item in items for _ in item.qa]
+
+
+def report(
+    reader: Any, test: list[Item], readers: dict[str, Any], kinds: list[str]
+) -> dict[str, Any]:
+    """All losses, by kind of item."""
     scores = latentqa.evaluate(reader, test, views=("real", "none", "shuffled"))
     for view, other in readers.items():
         own = latentqa.evaluate(other, test, views=(view,))  # type: ignore[arg-type]
         # A decoder of nothing that was trained so guesses better than one whose input is missing.
         scores = scores | own.renamed(none="guess")
-    for view in scores.sums:
-        found |= told(f"loss, {view}", scores.loss(view))
     empty = "guess" if "guess" in scores.sums else "none"
-    for worse in {"none", "shuffled", empty}:
-        found |= told(f"{worse} - real", scores.difference(worse, "real"))
-    if "text" in scores.sums:
-        found |= told("gap closed", scores.gap_closed("real", empty, "text"))
+    found: dict[str, Any] = {}
+    for kind in ["all", *kinds]:
+        print(f"\n{kind}")
+        some, rows = scores.only(asked(kind, test)), found.setdefault(kind, {})
+        for view in some.sums:
+            rows |= told(f"loss, {view}", some.loss(view))
+        for worse in sorted({"none", "shuffled", empty}):
+            rows |= told(f"{worse} - real", some.difference(worse, "real"))
+        if "text" in some.sums:
+            rows |= told("gap closed", some.gap_closed("real", empty, "text"))
+    return found
+
+
+def chosen(reader: Any, train: list[Item], test: list[Item]) -> dict[str, Any]:
+    """The four-way choice, one question about each item."""
+    test = [replace(item, qa=item.qa[:1]) for item in test]
+    found: dict[str, Any] = {}
+    for view in ("real", "none", "shuffled"):
+        found |= told(f"four-way choice, {view}", latentqa.choices(reader, test, view=view))
+    found |= told("four-way choice, plain model", latentqa.choices(reader, test, worn=False))
+    probe = latentqa.linear_choices(reader, train, test)
+    return found | told("four-way choice, linear probe", probe)
 
 
 def curve(log: Path, picture: Path) -> dict[str, float]:
@@ -175,15 +198,7 @@ def main() -> None:
     if options.baselines:
         steps = options.baseline_steps or options.steps
         readers = {view: learn(lm, train, options, view, steps) for view in ("none", "text")}
-    found: dict[str, Any] = {}
-    for kind in ["all", *options.kinds]:
-        print(f"\n{kind}")
-        some = [item for item in test if kind in ("all", item.kind)]
-        report(found.setdefault(kind, {}), reader, some, readers)
-    for view in ("real", "none", "shuffled"):
-        found |= told(f"four-way choice, {view}", latentqa.choices(reader, test, view=view))
-    found |= told("four-way choice, plain model", latentqa.choices(reader, test, worn=False))
-    found |= told("four-way choice, linear probe", latentqa.linear_choices(reader, train, test))
+    found = report(reader, test, readers, options.kinds) | chosen(reader, train, test)
     folder = options.out.with_name(f"{options.out.name}-training")
     found["curve"] = curve(folder / "log.jsonl", folder / "loss.svg")
     print(found["curve"])

@@ -402,6 +402,12 @@ def test_only_the_activations_tell_the_answer():
     real, none, shuffled = (scores.loss(v)[0] for v in ("real", "none", "shuffled"))
     assert real < 0.3 * shuffled and real < 0.3 * none  # the end token is unlikely by design
     assert scores.difference("shuffled", "real")[1] > 0  # the interval's lower end
+    first = scores.only([label == scores.labels[0] for label in scores.labels])
+    alone = [item for item in items if item.label == scores.labels[0]]
+    assert first.loss("real")[0] == pytest.approx(evaluate(reader, alone).loss("real")[0], rel=1e-4)
+    assert first.loss("real")[0] != pytest.approx(real, rel=1e-4)  # control
+    with pytest.raises(ChatError, match="questions, but 1 to choose by"):
+        scores.only([True])
     assert linear_choices(reader, items, items)[0] > 0.8  # so simple a task is linear, too
     assert choices(reader, items)[0] == 1 > choices(reader, items, view="shuffled")[0]
     _, blind = curve(lm, items, view="none", **options)  # learns to guess, and no more

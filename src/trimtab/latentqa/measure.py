@@ -55,6 +55,15 @@ class Scores:
         sums = {names.get(view, view): value for view, value in self.sums.items()}
         return Scores(self.labels, sums, self.counts)
 
+    def only(self, keep: Sequence[bool]) -> "Scores":
+        """The scores of the questions for which ``keep`` [pairs] says so."""
+        if len(keep) != len(self.labels):
+            raise ChatError(f"there are {len(self.labels)} questions, but {len(keep)} to choose by")
+        index = torch.tensor([i for i, kept in enumerate(keep) if kept], dtype=torch.long)
+        labels = tuple(self.labels[i] for i in index.tolist())
+        sums = {view: value[index] for view, value in self.sums.items()}
+        return Scores(labels, sums, self.counts[index])
+
     def __or__(self, other: "Scores") -> "Scores":
         if self.labels != other.labels or not torch.equal(self.counts, other.counts):
             raise ChatError("these scores are of different questions; evaluate the same items")
