@@ -77,14 +77,47 @@ def peft_step(source: str, rows: list[Any], rank: int) -> Callable[[], None]:
 def steps(reader: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     rows, shown = rows_of(reader, options)
     plain = peft_step(options.model, rows, 16)
-    variants = {"our step": our_step(reader, rows, shown), "plain PEFT step": plain}
-    ours, theirs = common.best_of(variants, options.repeats).values()
-    memory = {name: common.peak_memory(step)[0] for name, step in variants.items()}
+    ours, read = our_step(reader, rows, shown), reading(reader, options)
+    target = torch.tensor([row.ids[: options.read] for row in rows])
+
+    def original() -> None:
+        """The target's whole forward pass, with its logits, before every step."""
+        with torch.no_grad():
+            reader.lm.model(input_ids=target, use_cache=False)
+        plain()
+
+    def reading_each_time() -> None:
+        read()
+        ours()
+
+    variants: dict[str, Callable[[], None]] = {
+        "our step": ours,
+        "our step, target read each time": reading_each_time,
+        "plain PEFT step": plain,
+        "the original's step": original,
+    }
+    times = common.best_of(variants, options.repeats)
+    step, with_read, theirs, published = times.values()
+    memory = {name: common.peak_memory(run)[0] for name, run in variants.items()}
     share = memory["our step"] / max(1, memory["plain PEFT step"])
     return [
-        common.check("step / plain PEFT step", ours / theirs, 1.15, at_least=False),
+        common.check("step / plain PEFT step", step / theirs, 1.15, at_least=False),
+        common.check("original / ours, reading", published / with_read, 1.6, at_least=True),
+        common.check("original / ours, harvested", published / step, 1.8, at_least=True),
         common.check("peak memory of a step / PEFT's", share, 1.1, at_least=False),
     ]
+
+
+def reading(reader: Any, options: argparse.Namespace) -> Callable[[], None]:
+    """The target's part of a step: its activations at the read layer, for a batch."""
+    length = options.read
+    ids = reader.lm.tokenizer(words(length), add_special_tokens=False)["input_ids"][:length]
+    batch = tt.Batch(torch.tensor([ids] * options.batch))
+
+    def run() -> None:
+        reader.lm.record(batch, f"resid@{reader.read_layer} prompt", show_progress=False)
+
+    return run
 
 
 def harvesting(reader: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -149,8 +182,10 @@ def main() -> None:
     made.add_argument("--answer", type=int, default=16, help="tokens of an answer")
     made.add_argument("--read-layer", type=int, default=15)
     made.add_argument("--repeats", type=int, default=3)
+    made.add_argument("--threads", type=int, default=2)
     made.add_argument("--only", choices=["steps", "harvesting", "asking"])
     options = made.parse_args()
+    torch.set_num_threads(options.threads)
     lm = tt.LM.load(options.model, dtype="float32")
     reader = latentqa.Reader(
         lm, latentqa.Lora.of(lm), latentqa.Wiring((options.read_layer,), align=False)

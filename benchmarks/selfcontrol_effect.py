@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/selfcontrol"))
     parser.add_argument("--emotions", nargs="+", default=list(TOWARDS), choices=list(TOWARDS))
     parser.add_argument("--prompts", type=int, default=100, help="held-out scenarios per emotion")
+    parser.add_argument("--learn", type=int, default=100, help="scenarios to learn from, at most")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -91,7 +92,8 @@ class Emotion:
         self.lm, self.name, self.size = lm, name, args.prompts
         self.wanted, self.ask = TOWARDS[name]
         self.judge = Judge.named(self.wanted)
-        self.learnt, self.prompts = prompts(args.data, name, args.prompts)
+        learnt, self.prompts = prompts(args.data, name, args.prompts)
+        self.learnt = learnt[: args.learn]
         job = {
             "model": lm.describe()["fingerprint"],
             "dtype": str(lm.model.dtype),
@@ -250,7 +252,7 @@ def distilled(lm: tt.LM, one: Emotion, out: Path) -> Any:
     middle = time.perf_counter()
     print(f"{one.name}: {len(solved)} of {len(one.learnt)} solved, {middle - begun:.0f} s")
     folder = out / f"{one.name}-prefix"
-    made = tt.prefix.distill(lm, solved, epochs=8, out=folder, name=one.wanted)
+    made = tt.prefix.distill(lm, solved, out=folder, name=one.wanted)
     matched = made.meta.scores["matched"]
     print(f"  distilled, matched {matched:.3f}, {time.perf_counter() - middle:.0f} s", flush=True)
     return made

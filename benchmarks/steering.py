@@ -253,7 +253,10 @@ class Behaviour:
 
 def mood(name: str, wanted: str, emotion: str, sign: int) -> Behaviour:
     outside = Outside(DATA / "selfcontrol" / "emotions")
-    judge, agreement = judge_of(outside.embed, outside.texts, outside.labels, emotion)
+    # Answers to ordinary instructions show no mood; without such a class each gets one.
+    neutral = [e.completion for e in tt.data.read("refusal") if e.label < 0.5]
+    labels = outside.labels + ["none"] * len(neutral)
+    judge, agreement = judge_of(outside.embed, outside.texts + neutral, labels, emotion)
     judges: dict[str, Scored] = {
         emotion: lambda answers: torch.as_tensor(judge([""] * len(answers), answers)).double(),
         "valence": lambda answers: sign * outside.valence(answers),

@@ -44,6 +44,10 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--baseline-steps", type=int, help="of the decoders of --baselines")
     made.add_argument("--batch-size", type=int, default=8)
     made.add_argument("--ema", type=float)
+    made.add_argument(
+        "--held-out", type=float, default=0.04, help="labels to watch, of those to learn"
+    )
+    made.add_argument("--evaluate-every", type=int, default=40)
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--test-items", type=int, default=120, help="held-out items, all kinds alike")
@@ -97,6 +101,8 @@ def learn(lm: tt.LM, items: list[Item], options: argparse.Namespace, view: str, 
         ema=options.ema,
         seed=options.seed,
         view=view,  # type: ignore[arg-type]
+        held_out=options.held_out,
+        evaluate_every=options.evaluate_every,
         out=out,
         save_every=50,
         tracker="jsonl",
@@ -161,8 +167,10 @@ def curve(log: Path, picture: Path) -> dict[str, float]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    loss = np.array([json.loads(line)["loss"] for line in log.read_text().splitlines()])
-    width = max(1, len(loss) // 48)
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    loss = np.array([record["loss"] for record in records])
+    watched = [record for record in records if "held_out_real" in record]
+    width = max(1, len(loss) // 24)
     means = loss[: len(loss) // width * width].reshape(-1, width).mean(1)
     steps = (np.arange(len(means)) + 0.5) * width
 
@@ -177,6 +185,9 @@ def curve(log: Path, picture: Path) -> dict[str, float]:
     axes.plot(steps, means, ".", label=f"mean loss of {width} steps")
     far = np.geomspace(steps[1], 10 * len(loss), 100)
     axes.plot(far, law(far, *found), label=f"{found[0]:.2f} + {found[1]:.2f} step^-{found[2]:.2f}")
+    for view in ("real", "none"):
+        values = [record[f"held_out_{view}"] for record in watched]
+        axes.plot([r["step"] for r in watched], values, "o-", label=f"new labels, {view}")
     axes.set(xscale="log", xlabel="step", ylabel="loss of the answers, nats a token")
     axes.legend()
     figure.savefig(picture, metadata={"Date": None})
