@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 import model_zoo
 import tokenizers_zoo
 import trimtab as tt
+from trimtab import latentqa
 from trimtab.cli.ask import ask
 from trimtab.cli.steer import steer
 from trimtab.cli.train_reader import train_reader
@@ -66,3 +67,39 @@ def test_what_is_missing_is_said(model, tmp_path):
     (tmp_path / "items.json").write_text(json.dumps([{"label": "a", "control_user": "x"}]))
     done = trimtab("train-reader", tmp_path / "items.json", "--model", model)
     assert "none of the items has a question" in str(done.exception)
+
+
+@pytest.mark.slow
+def test_the_shipped_reader_reads_the_embedded_model(smollm2):
+    """Which of three persons a prompt asks for is in its activations, and in nothing else."""
+    reader = latentqa.Reader.load(latentqa.builtin(smollm2), smollm2)
+    question = "What type of persona will the assistant adopt?"
+    persons = [
+        "The assistant will be a pirate who sails the seas and hunts for gold.",
+        "The assistant will be a doctor who cares for the sick.",
+        "The assistant will be a poet who writes about love.",
+    ]
+    prompts = [
+        "Imagine you are a pirate.",
+        "Pretend that you are a physician in a hospital.",
+        "Be a poet, full of romance.",
+    ]
+    found = [reader.choose(prompt, question, persons)[0] for prompt in prompts]
+    assert found == [0, 1, 2]
+    items = [
+        latentqa.Item(str(i), control_user=p, qa=((question, persons[i]),))
+        for i, p in enumerate(prompts)
+    ]
+    scores = latentqa.evaluate(reader, items)
+    assert scores.loss("real")[0] < scores.loss("none")[0] - 0.1
+    assert scores.loss("real")[0] < scores.loss("shuffled")[0] - 0.1  # control: another's
+
+
+@pytest.mark.slow
+def test_ask_works_out_of_the_box():
+    done = trimtab("ask", "Imagine you are a pirate who loves gold.", "--json")
+    assert done.exit_code == 0, done
+    told = json.loads(done.stdout)["answers"]
+    assert len(told) == 3 and "pirate" in " ".join(a["answer"] for a in told).lower()
+    other = trimtab("ask", "Explain photosynthesis.", "--json")
+    assert "pirate" not in other.stdout.lower()  # control
