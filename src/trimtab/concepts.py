@@ -29,8 +29,8 @@ from trimtab.recording import Chunk, Recording, Track
 from trimtab.solvers import (
     Tokens,
     auroc,
-    each_group,
     first_component,
+    in_groups,
     logistic,
     logistic_1d,
     token_rows,
@@ -538,7 +538,9 @@ def _fit(
             f"held_out={held_out}); give more examples of both labels"
         )
     task = _Task(y, keep, token_rows(recording), method, normalize, l2, seed)
-    fits = each_group(task.fit, recording, task.use, unit=normalize, device=device)
+    fits = [
+        task.fit(tokens) for tokens in in_groups(recording, task.use, unit=normalize, device=device)
+    ]
     weight, gain, bias, mean = (torch.cat([f[i] for f in fits]).float() for i in range(4))
     margins = torch.cat([f[4] for f in fits], 1)  # [N, L]
     right = ((margins > 0) == (y[task.rows] > 0)[:, None]).double()
@@ -594,15 +596,15 @@ class _Task:
         """Weight [l, D], gain [l], bias [l], mean [l, D] and all tokens' logits [N, l]."""
         gain, mean = torch.ones(tokens.layers, dtype=torch.float64), tokens.mean.cpu()
         if self.method == "logistic":
-            weight, bias, logits = (part.cpu() for part in self._logistic(tokens))
-            margins = logits.T
+            weight, bias = self._logistic(tokens)
         else:
             weight = self._pca(tokens) if self.method == "pca" else self._mean(tokens)
-            scores, weight = tokens.times(weight).double().cpu().T, weight.cpu()  # [N, l]
+        scores, weight = tokens.times(weight).double().cpu().T, weight.cpu()  # [N, l]
+        if self.method != "logistic":
             train, y = self.use > 0, self.labels[self.rows]
             with_bias = self.method == "pca" or not self.normalize
             gain, bias = logistic_1d(scores[train], y[train], with_bias=with_bias, l2=self.l2)
-            margins = scores * gain + bias
+        margins = scores * gain + bias
         if not self.normalize:  # the tokens were centred here, but are not where the probe reads
             bias = bias - gain * (weight * mean).sum(-1)
         return weight, gain, bias, mean, margins
@@ -615,9 +617,10 @@ class _Task:
         length: Tensor = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
         return weight / length.clamp_min(1e-30)
 
-    def _logistic(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+    def _logistic(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         targets = (self.labels[self.rows] + 1) / 2
-        return logistic(tokens, targets, l2=self.l2, with_bias=not self.normalize)
+        weight, bias = logistic(tokens, targets, l2=self.l2, with_bias=not self.normalize)
+        return weight, bias.cpu()
 
     def _pca(self, tokens: Tokens) -> Tensor:
         """The first component of differences of random pairs, turned towards the positives.
