@@ -18,9 +18,9 @@ PACKAGE = ROOT / "src" / "trimtab"
 
 FLOORS = [
     {"errors", "place", "edits", "merge", "recording", "artifact", "journal"}
-    | {"solvers", "inductor"},
+    | {"solvers", "inductor", "thin"},
     {"anatomy", "taps"},
-    {"chat", "models", "lm", "decode", "harvest", "compiled", "remote"} | {"writer"},
+    {"chat", "models", "lm", "decode", "harvest", "compiled", "remote"} | {"writer", "cache"},
     {"concepts", "selfcontrol", "prefix", "latentqa"},
     {"data", "evals"},
     {"cli", "server", "web", "vllm", "gguf", "hub", "__main__"},

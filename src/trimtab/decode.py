@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
     LogitsProcessorList,
     MinPLogitsWarper,
     NoRepeatNGramLogitsProcessor,
@@ -21,8 +20,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from trimtab.cache import growing
 from trimtab.chat import Batch
 from trimtab.taps import Call
+from trimtab.thin import Thin
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -104,12 +105,12 @@ class Eager:
     fixed = False
 
     def __init__(self, lm: "LM") -> None:
-        self.lm = lm
+        self.lm, self.thin = lm, Thin(lm.model)
 
     def start(self, batch: Batch, call: Call, room: int) -> Tensor:
         self.call, self.mask = call, batch.mask
         self.next = batch.lengths  # the position of the next token
-        self.cache: Any = DynamicCache(config=self.lm.text_config)
+        self.cache: Any = growing(self.lm.text_config)
         return self._run(batch.ids, batch.positions)
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -127,7 +128,8 @@ class Eager:
         pass
 
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
-        with torch.no_grad(), self.lm.taps.carry(self.call, self.lm.waits):
+        taps = self.lm.taps.carry(self.call, self.lm.waits)
+        with torch.no_grad(), taps, self.thin.products(ids):
             out = self.lm.forward(ids, self.mask, positions, cache=self.cache, keep=1)
         self.cache = out.past_key_values
         logits: Tensor = out.logits[:, -1].float()

@@ -9,12 +9,12 @@ model takes such a layout is measured once, against the plain one, not looked up
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from trimtab.edits import Edit
@@ -181,6 +181,42 @@ def read_sheet(
     with torch.no_grad(), lm.taps.carry(call, lm.waits), suppress(Stop):
         lm.forward(sheet.ids, sheet.mask, sheet.position_ids, use_cache=False)
     return [reader.chunk(tuple(row.number for row in sheet.rows)) for reader in readers]
+
+
+@contextmanager
+def head_at(model: Any, index: Tensor) -> Iterator[None]:
+    """The LM head sees only the tokens ``index`` of the flattened batch: logits [1, n, V]."""
+
+    def pick(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        return (x.flatten(0, -2)[index.to(x.device)][None], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def logits_at(
+    lm: "LM", rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 32
+) -> Iterator[tuple[list[int], Tensor]]:
+    """The logits after chosen positions of rows of ids, without edits and gradients.
+
+    ``rows``: ids and the positions asked for. Yields the numbers of some rows and the logits at
+    their positions, end to end, [n, V], until all rows have come; never more than one pass's
+    logits at a time. What rows share at their beginning is computed once where the model allows.
+    """
+    for ids, _ in rows:
+        lm._check_length(len(ids))
+    asked = [Row(i, tuple(ids), 0, len(ids), (tuple(at),)) for i, (ids, at) in enumerate(rows)]
+    lay_out = _trees if len(rows) > 1 and lm.takes_trees() else _plain
+    for sheet in lay_out(asked, batch_size):
+        (where,) = sheet.where
+        index = torch.tensor([i for row in where for i in row], dtype=torch.long)
+        with torch.no_grad(), lm.taps.held(lm.waits), head_at(lm.model, index):
+            out = lm.forward(sheet.ids, sheet.mask, sheet.position_ids, use_cache=False)
+        yield [row.number for row in sheet.rows], out.logits[0]
 
 
 def fits_trees(lm: "LM") -> bool:

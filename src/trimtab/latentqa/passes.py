@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
+from trimtab.cache import growing
 from trimtab.chat import Batch
 from trimtab.decode import Eager
 from trimtab.lm import LM
@@ -56,21 +56,6 @@ def _switch(model: Any, what: str, *options: Any) -> None:
             return
 
 
-@contextmanager
-def head_at(model: Any, index: Tensor) -> Iterator[None]:
-    """The LM head sees only the tokens ``index`` of the flattened batch: logits [1, n, V]."""
-
-    def pick(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0]
-        return (x.flatten(0, -2)[index.to(x.device)][None], *args[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 class Shared(Eager):
     """Passes in which ``each`` neighbouring rows share their first ``width`` columns, run once.
 
@@ -85,7 +70,7 @@ class Shared(Eager):
         shifts = self.shifts.to(batch.ids.device)
         positions = batch.positions + shifts[:, None]
         first = torch.arange(0, len(batch), self.each)
-        self.cache: Any = DynamicCache(config=self.lm.text_config)
+        self.cache: Any = growing(self.lm.text_config)
         self.call = Call(call.clock.take(first), [step.take(first) for step in call.steps])
         self.mask = batch.mask[:: self.each, : self.width]
         self._run(batch.ids[:: self.each, : self.width], positions[:: self.each, : self.width])

@@ -20,10 +20,11 @@ from trimtab.chat import Batch
 from trimtab.decode import Column, Sampling, columns
 from trimtab.edits import Add, Edit, Replace, wide
 from trimtab.errors import ArtifactError, ChatError, PlaceError
+from trimtab.harvest import head_at
 from trimtab.latentqa.data import Item, attach, read_items, read_qa, seen
 from trimtab.latentqa.dialogue import ROLE, Dialogue, Row
 from trimtab.latentqa.lora import Lora
-from trimtab.latentqa.passes import Shared, checkpointed, frozen, head_at
+from trimtab.latentqa.passes import Shared, checkpointed, frozen
 from trimtab.latentqa.sheet import lay_out, neighbours, side_by_side
 from trimtab.lm import LM
 from trimtab.merge import merge

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from trimtab import chat
 from trimtab.chat import Batch, Encoded
 from trimtab.errors import ChatError
+from trimtab.harvest import logits_at
 from trimtab.lm import LM
 from trimtab.solvers import auroc
 
@@ -191,49 +193,42 @@ def readings(
 ) -> Readings:
     """Scores, and perplexities from the same pass, of rows of prompt and answer ids."""
     tails = [judge.tail(lm) for judge in judges]
-    total, fluency = torch.zeros(len(rows)), torch.full((len(rows),), math.nan)
-    for number, (judge, tail) in enumerate(zip(judges, tails, strict=True)):
-        asked = [Encoded(row.ids + tail.ids, row.prompt_len) for row in rows]
-        with_answer = perplexity and number == 0
-        for group in groups([len(row.ids) for row in asked], batch_size):
-            batch = chat.pad([asked[i] for i in group], chat.pad_id(lm.tokenizer))
-            longest = max(len(rows[i].ids) - rows[i].prompt_len for i in group)
-            keep = longest + len(tail.ids) + 1 if with_answer else 1
-            logits = unedited(lm, batch, keep)
-            index = torch.tensor(group)
-            total[index] += judge.weight * agreement(judge, tail, logits[:, -1]).cpu()
-            if with_answer:
-                fluency[index] = _perplexity(batch, logits, len(tail.ids)).cpu()
-    return Readings(total / sum(judge.weight for judge in judges), fluency)
+    total = torch.zeros(len(judges), len(rows))
+    fluency = torch.full((len(rows),), math.nan)
+    asked = [
+        (row.ids + tail.ids, _asked(row, tail, perplexity and number == 0))
+        for number, tail in enumerate(tails)
+        for row in rows
+    ]
+    for some, logits in logits_at(lm, asked, batch_size):
+        parts = logits.float().split([len(asked[i][1]) for i in some])
+        for i, part in zip(some, parts, strict=True):
+            number, row = divmod(i, len(rows))
+            judge, tail = judges[number], tails[number]
+            total[number, row] = judge.weight * agreement(judge, tail, part[-1:])[0]
+            if perplexity and number == 0:
+                fluency[row] = _perplexity(rows[row], part[:-1])
+    return Readings(total.sum(0) / sum(judge.weight for judge in judges), fluency)
+
+
+def _asked(row: Encoded, tail: Tail, with_answer: bool) -> list[int]:
+    """Where logits are wanted: before each token of the answer, and where the judge is answered."""
+    answer = range(max(row.prompt_len, 1) - 1, len(row.ids) - 1) if with_answer else ()
+    return [*answer, len(row.ids) + len(tail.ids) - 1]
+
+
+def _perplexity(row: Encoded, logits: Tensor) -> float:
+    """Of one answer from the logits [n, V] before each of its tokens; infinite if it is empty."""
+    answer = torch.tensor(row.ids[max(row.prompt_len, 1) :], device=logits.device)
+    if not len(answer):
+        return math.inf
+    return cross_entropy(logits, answer).exp().item()
 
 
 def agreement(judge: Judge, tail: Tail, logits: Tensor) -> Tensor:
     """The score [B] from logits [B, V]."""
     logits = logits.float()
     return torch.sigmoid((logits[:, tail.target] - logits[:, tail.other]) / judge.temperature)
-
-
-def unedited(lm: LM, batch: Batch, keep: int) -> Tensor:
-    """The last ``keep`` logits of a pass without edits, [B, keep, V]."""
-    lm._check_length(batch.ids.shape[1])
-    with torch.no_grad(), lm.taps.held(lm.waits):
-        out = lm.forward(batch.ids, batch.mask, batch.positions, keep=keep)
-    logits: Tensor = out.logits[:, -keep:]
-    return logits
-
-
-def _perplexity(batch: Batch, logits: Tensor, after: int) -> Tensor:
-    """Of the answers [B], which end ``after`` tokens before the end; infinite where empty."""
-    logits = logits[:, : logits.shape[1] - after].float()  # [B, longest + 1, V]
-    longest = logits.shape[1] - 1
-    if longest == 0:
-        return torch.full((len(batch),), math.inf)
-    ids = batch.ids[:, -after - longest : batch.ids.shape[1] - after].to(logits.device)
-    chosen = logits[:, :-1].gather(-1, ids[..., None])[..., 0] - logits[:, :-1].logsumexp(-1)
-    counts = (batch.lengths - batch.prompt_len - after).to(logits.device)
-    real = torch.arange(longest, 0, -1, device=logits.device)[None] <= counts[:, None]
-    mean = -(chosen * real).sum(1) / counts
-    return torch.where(counts > 0, mean.exp(), math.inf)
 
 
 def encoded(lm: LM, prompts: Any, answers: Any = None) -> list[Encoded]:

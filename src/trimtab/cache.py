@@ -1,0 +1,55 @@
+"""Keys and values that grow in place: a decoding step writes one token, not all of them again."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 64  # tokens for which there is space before all is copied once
+
+
+class Growing(DynamicLayer):
+    """Full attention's keys and values [B, H, T, D], as the first T tokens of a longer buffer.
+
+    What the cache does to them from outside (rows chosen, tokens cropped) needs no help: a buffer
+    that they no longer begin is left behind. Under autograd nothing is written in place.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._buffers: list[Tensor | None] = [None, None]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append [B, H, t, D] to both; returns all of them."""
+        if torch.is_grad_enabled() or self.get_seq_length() == 0:
+            return cast(tuple[Tensor, Tensor], super().update(key_states, value_states))
+        self.keys = self._grown(0, cast(Tensor, self.keys), key_states)
+        self.values = self._grown(1, cast(Tensor, self.values), value_states)
+        return self.keys, self.values
+
+    def _grown(self, number: int, old: Tensor, new: Tensor) -> Tensor:
+        before, after = old.shape[-2], old.shape[-2] + new.shape[-2]
+        buffer = self._buffers[number]
+        if buffer is None or not _begins(old, buffer) or buffer.shape[-2] < after:
+            buffer = old.new_empty(*old.shape[:2], after + ROOM, old.shape[-1])
+            buffer[..., :before, :] = old
+            self._buffers[number] = buffer
+        buffer[..., before:after, :] = new
+        return buffer[..., :after, :]
+
+
+def _begins(part: Tensor, buffer: Tensor) -> bool:
+    return part.data_ptr() == buffer.data_ptr() and part.shape[:2] == buffer.shape[:2]
+
+
+def growing(config: Any) -> DynamicCache:
+    """An empty cache for a model of this text config; sliding and other layers stay as they are."""
+    cache = DynamicCache(config=config)
+    cache.layers = [Growing() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = Growing
+    return cache

@@ -1,0 +1,57 @@
+"""Decoding one to four rows on a CPU, faster: products written the other way round.
+
+A decoding step is little but products of few rows with large weights, so its time is that of
+reading them. In float32 the default routine for ``x @ W.T`` reads at a fraction of the memory's
+speed; the same product as ``(W @ x.T).T`` is 2 to 3 times as fast. Sums come in another order, so
+results differ by rounding.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+ROWS = 4  # more are as fast as they are
+
+
+class Thin:
+    """The linear maps of a model, and a context in which few rows take their fastest form."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.forms = [(m, _form(m)) for m in model.modules() if type(m) is nn.Linear]
+
+    @contextmanager
+    def products(self, ids: Tensor) -> Iterator[None]:
+        """For one pass over these ids; nothing changes where they are many or not on a CPU."""
+        fits = ids.numel() <= ROWS and ids.device.type == "cpu" and not torch.is_grad_enabled()
+        # A map that somebody has wrapped already stays as it is.
+        mine = [pair for pair in self.forms if "forward" not in pair[0].__dict__] if fits else []
+        for module, form in mine:
+            module.__dict__["forward"] = form
+        try:
+            yield
+        finally:
+            for module, _ in mine:
+                module.__dict__.pop("forward", None)
+
+
+def _form(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        weight, bias = module.weight, module.bias
+        many = x.numel() > ROWS * x.shape[-1]
+        if many or torch.is_grad_enabled() or not x.dtype == weight.dtype == torch.float32:
+            return linear(x, weight, bias)
+        return _transposed(x, weight, bias)
+
+    return forward
+
+
+def _transposed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    few = len(rows)
+    if few == 1:  # alone it would be a product with a vector: the slow one
+        rows = torch.cat([rows, torch.zeros_like(rows)])
+    made = (weight @ rows.T).T[:few].reshape(*x.shape[:-1], len(weight))
+    return made if bias is None else made + bias

@@ -1,0 +1,174 @@
+"""The savings of decoding and reading leave the numbers as they are: caches, few rows, trees."""
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicLayer
+
+import model_zoo
+import tokenizers_zoo as zoo
+import trimtab as tt
+from trimtab import cache, harvest, thin
+from trimtab.selfcontrol import Judge
+from trimtab.selfcontrol.judge import encoded, readings
+
+FAMILIES = ["llama", "gpt2", "gemma2", "qwen3_moe", "olmo2"]
+
+
+# -- keys and values that grow in place ------------------------------------------------------------
+
+
+def life(layer, seed=0, grad=False):
+    """What a layer returns over a life of passes, chosen rows and cropped tokens."""
+    numbers = torch.Generator().manual_seed(seed)
+    seen, rows = [], 3
+    with torch.set_grad_enabled(grad):
+        for act in [5, 1, 1, "rows", 1, 1, "crop", 1, 90, 1, "repeat", 1, "crop", "rows", 2, 1]:
+            if act == "rows":
+                chosen = torch.randint(rows, (2,), generator=numbers)
+                layer.batch_select_indices(chosen)
+                rows = 2
+            elif act == "crop":
+                layer.crop(-2)
+            elif act == "repeat":
+                layer.batch_repeat_interleave(3)
+                rows *= 3
+            else:
+                new = torch.randn(2, rows, 2, act, 4, generator=numbers)
+                seen += [x.clone() for x in layer.update(*new)]
+    return seen
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_growing_layer_holds_what_a_plain_one_holds(grad, monkeypatch):
+    plain, growing = life(DynamicLayer(), grad=grad), life(cache.Growing(), grad=grad)
+    assert all(torch.equal(a, b) for a, b in zip(plain, growing, strict=True))
+    monkeypatch.setattr(cache, "_begins", lambda part, buffer: True)
+    if not grad:  # control: rows were chosen, but the old buffer goes on
+        with pytest.raises(RuntimeError, match="size|expand"):
+            life(cache.Growing())
+
+
+def test_a_growing_layer_writes_in_place_only_without_gradients():
+    one = torch.zeros(1, 1, 1, 2)
+    for grad in (False, True):
+        layer = cache.Growing()
+        with torch.set_grad_enabled(grad):
+            for _ in range(3):
+                layer.update(one, one)
+            before = layer.keys.data_ptr()
+            layer.update(one, one)
+        assert (layer.keys.data_ptr() == before) == (not grad)
+
+
+def test_only_full_attention_grows_in_place():
+    kinds = [type(x) for x in cache.growing(model_zoo.tiny("gemma2").config).layers]
+    assert cache.Growing in kinds and any(k is not cache.Growing for k in kinds)
+
+
+# -- few rows --------------------------------------------------------------------------------------
+
+
+def answers(lm, rows, dtype=None):
+    ids = torch.randint(3, 200, (rows, 7), generator=torch.Generator().manual_seed(rows))
+    return lm.generate_ids(tt.Batch(ids), None, 8)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_few_rows_are_decoded_as_many_are(name, monkeypatch):
+    lm, taken = tt.LM(model_zoo.tiny(name)), []
+    form = thin._transposed
+    monkeypatch.setattr(thin, "_transposed", lambda *a: taken.append(1) or form(*a))
+    for rows in (1, 3, thin.ROWS + 1):
+        taken.clear()
+        found = answers(lm, rows)
+        assert bool(taken) == (rows <= thin.ROWS) or name == "gpt2"  # it has no linear maps
+        with monkeypatch.context() as patch:
+            patch.setattr(thin, "ROWS", 0)
+            taken.clear()
+            assert answers(lm, rows) == found
+            assert not taken
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_other_form_is_the_same_product(bias):
+    map_ = torch.nn.Linear(24, 40, bias=bias)
+    form = thin._form(map_)
+    with torch.no_grad():
+        for shape in ((1, 1, 24), (4, 1, 24), (1, 3, 24), (2, 24), (24,)):
+            x = torch.randn(shape)
+            found, expected = form(x), torch.nn.functional.linear(x.double(), map_.weight.double())
+            expected = expected if map_.bias is None else expected + map_.bias.double()
+            assert found.shape == expected.shape
+            assert (found - expected).abs().max() < 1e-5
+            assert (form(2 * x) - expected).abs().max() > 1e-2, "control: another input"
+
+
+def test_a_pass_leaves_the_model_as_it_was():
+    model = model_zoo.tiny("llama")
+    made, head = thin.Thin(model), model.lm_head
+    one = torch.zeros(1, 1, dtype=torch.long)
+    with torch.no_grad():
+        with made.products(one):
+            assert "forward" in head.__dict__
+            with made.products(one):  # another thread's pass
+                pass
+            assert "forward" in head.__dict__
+        with pytest.raises(KeyError), made.products(one):
+            raise KeyError
+        assert not any("forward" in m.__dict__ for m in model.modules())
+        head.forward = own = lambda x: x  # somebody else has wrapped it
+        with made.products(one):
+            assert head.forward is own
+        assert head.forward is own
+        with made.products(torch.zeros(thin.ROWS + 1, 1)):
+            assert "forward" not in model.model.layers[0].mlp.up_proj.__dict__
+    with torch.enable_grad(), made.products(one):
+        assert "forward" not in model.model.layers[0].mlp.up_proj.__dict__
+
+
+# -- readings of many answers to one prompt --------------------------------------------------------
+
+
+@pytest.mark.parametrize("trees", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_at_are_those_of_each_row_alone(name, trees, monkeypatch):
+    lm = tt.LM(model_zoo.tiny(name))
+    monkeypatch.setattr(lm, "takes_trees", lambda own=lm.takes_trees: trees and own())
+    numbers = torch.Generator().manual_seed(0)
+    head = torch.randint(3, 200, (20,), generator=numbers).tolist()
+    rows = []
+    for n in (3, 9, 9, 0, 40):
+        ids = head + torch.randint(3, 200, (n,), generator=numbers).tolist()
+        rows.append((ids, [4, len(ids) - 1]))
+    found = {}
+    for some, logits in harvest.logits_at(lm, rows):
+        found |= dict(zip(some, logits.split([len(rows[i][1]) for i in some]), strict=True))
+    assert sorted(found) == list(range(len(rows)))
+    for i, (ids, at) in enumerate(rows):
+        with torch.no_grad():
+            alone = lm.model(torch.tensor([ids])).logits[0, at]
+        assert torch.allclose(found[i], alone, atol=1e-4)
+        assert not torch.allclose(found[i].flip(0), alone, atol=1e-3), "control: other positions"
+
+
+def test_several_judges_read_one_answer_in_one_layout():
+    lm = tt.LM(model_zoo.tiny("llama"), zoo.byte_tokenizer("chatml"))
+    judges = [Judge("Is it warm?"), Judge("Is it blue?", "Blue", "Red", weight=3.0)]
+    rows = encoded(lm, ["What?", "What?", "Why not?"], ["The sky", "", "Because"])
+    found = readings(lm, judges, rows)
+    expected = [
+        readings(lm, [judge], [row], perplexity=False).score for row in rows for judge in judges
+    ]
+    one = torch.cat(expected).reshape(3, 2) @ torch.tensor([0.25, 0.75])
+    assert torch.allclose(found.score, one, atol=1e-5)
+    assert not torch.allclose(found.score, torch.cat(expected)[::2], atol=1e-5), (
+        "control: unweighed"
+    )
+    assert found.perplexity.isinf().tolist() == [False, True, False]
+    for row, value in zip(rows, found.perplexity.tolist(), strict=True):
+        with torch.no_grad():
+            logits = lm.model(torch.tensor([row.ids])).logits[0, row.prompt_len - 1 : -1]
+        if len(logits):
+            answer = torch.tensor(row.ids[row.prompt_len :])
+            loss = torch.nn.functional.cross_entropy(logits, answer)
+            assert value == pytest.approx(float(loss.exp()), rel=1e-4)
