@@ -18,7 +18,7 @@ class Growing(DynamicLayer):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(**options)  # type: ignore[no-untyped-call]
         self._buffers: list[Tensor | None] = [None, None]
 
     def update(
@@ -26,7 +26,7 @@ class Growing(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Append [B, H, t, D] to both; returns all of them."""
         if torch.is_grad_enabled() or self.get_seq_length() == 0:
-            return cast(tuple[Tensor, Tensor], super().update(key_states, value_states))
+            return super().update(key_states, value_states)
         self.keys = self._grown(0, cast(Tensor, self.keys), key_states)
         self.values = self._grown(1, cast(Tensor, self.values), value_states)
         return self.keys, self.values
