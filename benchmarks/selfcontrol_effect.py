@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/selfcontrol"))
     parser.add_argument("--emotions", nargs="+", default=list(TOWARDS), choices=list(TOWARDS))
     parser.add_argument("--prompts", type=int, default=100, help="held-out scenarios per emotion")
-    parser.add_argument("--learn", type=int, default=100, help="scenarios to learn from, at most")
+    parser.add_argument(
+        "--learn", type=int, default=100, help="scenarios to learn from: its own, then others'"
+    )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -93,7 +95,9 @@ class Emotion:
         self.wanted, self.ask = TOWARDS[name]
         self.judge = Judge.named(self.wanted)
         learnt, self.prompts = prompts(args.data, name, args.prompts)
-        self.learnt = learnt[: args.learn]
+        others = [prompts(args.data, one, args.prompts)[0] for one in TOWARDS if one != name]
+        more = [prompt for row in zip(*others, strict=False) for prompt in row]
+        self.learnt = (learnt + more)[: args.learn]
         job = {
             "model": lm.describe()["fingerprint"],
             "dtype": str(lm.model.dtype),
