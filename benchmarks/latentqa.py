@@ -8,7 +8,10 @@ and many questions with as many single calls that use no cache.
 """
 
 import argparse
-from collections.abc import Callable
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import common
@@ -18,6 +21,14 @@ from torch.nn.functional import cross_entropy
 import trimtab as tt
 from trimtab import latentqa
 from trimtab.latentqa.reader import Shown, record
+
+Step = Callable[[], None]
+OURS, READING, PEFT, ORIGINAL = STEPS = (
+    "our step",
+    "our step, target read each time",
+    "plain PEFT step",
+    "the original's step",
+)
 
 
 def words(count: int) -> str:
@@ -37,7 +48,7 @@ def rows_of(reader: Any, options: argparse.Namespace) -> tuple[list[Any], list[S
     return rows, shown
 
 
-def our_step(reader: Any, rows: list[Any], shown: list[Shown]) -> Callable[[], None]:
+def our_step(reader: Any, rows: list[Any], shown: list[Shown]) -> Step:
     parameters = list(reader.lora.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
@@ -51,11 +62,10 @@ def our_step(reader: Any, rows: list[Any], shown: list[Shown]) -> Callable[[], N
     return step
 
 
-def peft_step(source: str, rows: list[Any], rank: int) -> Callable[[], None]:
+def peft_step(base: Any, rows: list[Any], rank: int) -> Step:
     """The same tokens through PEFT: all logits, labels masked."""
     import peft
 
-    base = tt.LM.load(source, dtype="float32").model
     model = peft.get_peft_model(
         base, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     )
@@ -74,45 +84,63 @@ def peft_step(source: str, rows: list[Any], rank: int) -> Callable[[], None]:
     return step
 
 
-def steps(reader: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+def steps_of(reader: Any, options: argparse.Namespace, names: Sequence[str]) -> dict[str, Step]:
+    """The variants of a training step by their names; only what these need is loaded."""
     rows, shown = rows_of(reader, options)
-    plain = peft_step(options.model, rows, 16)
-    ours, read = our_step(reader, rows, shown), reading(reader, options)
-    target = torch.tensor([row.ids[: options.read] for row in rows])
+    read = reading(reader, options)
+    ours = our_step(reader, rows, shown)
+    plain = None
+    if {PEFT, ORIGINAL} & set(names):  # PEFT changes its model, so beside ours it takes another
+        lm = reader.lm if len(names) == 1 else tt.LM.load(options.model, dtype="float32")
+        plain = peft_step(lm.model, rows, 16)
+    target = read_ids(reader, options)
 
     def original() -> None:
         """The target's whole forward pass, with its logits, before every step."""
         with torch.no_grad():
             reader.lm.model(input_ids=target, use_cache=False)
+        assert plain is not None
         plain()
 
     def reading_each_time() -> None:
         read()
         ours()
 
-    variants: dict[str, Callable[[], None]] = {
-        "our step": ours,
-        "our step, target read each time": reading_each_time,
-        "plain PEFT step": plain,
-        "the original's step": original,
-    }
-    times = common.best_of(variants, options.repeats)
-    step, with_read, theirs, published = times.values()
-    memory = {name: common.peak_memory(run)[0] for name, run in variants.items()}
-    share = memory["our step"] / max(1, memory["plain PEFT step"])
+    made = {OURS: ours, READING: reading_each_time, PEFT: plain, ORIGINAL: original}
+    return {name: step for name in names if (step := made[name]) is not None}
+
+
+def steps(reader: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+    times = common.best_of(steps_of(reader, options, STEPS), options.repeats)
+    share = peak(OURS, options) / peak(PEFT, options)
     return [
-        common.check("step / plain PEFT step", step / theirs, 1.15, at_least=False),
-        common.check("original / ours, reading", published / with_read, 1.6, at_least=True),
-        common.check("original / ours, harvested", published / step, 1.8, at_least=True),
-        common.check("peak memory of a step / PEFT's", share, 1.1, at_least=False),
+        common.check("step / plain PEFT step", times[OURS] / times[PEFT], 1.15, at_least=False),
+        common.check(
+            "original / ours, reading", times[ORIGINAL] / times[READING], 1.6, at_least=True
+        ),
+        common.check(
+            "original / ours, harvested", times[ORIGINAL] / times[OURS], 1.8, at_least=True
+        ),
+        common.check("peak memory of a process / PEFT's", share, 1.1, at_least=False),
     ]
 
 
-def reading(reader: Any, options: argparse.Namespace) -> Callable[[], None]:
+def peak(name: str, options: argparse.Namespace) -> int:
+    """Bytes that a process of its own needs at most to load the model and take two steps."""
+    given = [f"--{k.replace('_', '-')}={v}" for k, v in vars(options).items() if v is not None]
+    run = [sys.executable, __file__, *given, f"--peak-of={name}"]
+    return int(subprocess.run(run, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def read_ids(reader: Any, options: argparse.Namespace) -> torch.Tensor:
+    """Ids to read [B, T]; no two rows begin alike."""
+    ids = reader.lm.tokenizer(words(options.read), add_special_tokens=False)["input_ids"]
+    return torch.tensor([[100 + i, *ids[: options.read - 1]] for i in range(options.batch)])
+
+
+def reading(reader: Any, options: argparse.Namespace) -> Step:
     """The target's part of a step: its activations at the read layer, for a batch."""
-    length = options.read
-    ids = reader.lm.tokenizer(words(length), add_special_tokens=False)["input_ids"][:length]
-    batch = tt.Batch(torch.tensor([ids] * options.batch))
+    batch = tt.Batch(read_ids(reader, options))
 
     def run() -> None:
         reader.lm.record(batch, f"resid@{reader.read_layer} prompt", show_progress=False)
@@ -183,6 +211,7 @@ def main() -> None:
     made.add_argument("--read-layer", type=int, default=15)
     made.add_argument("--repeats", type=int, default=3)
     made.add_argument("--threads", type=int, default=2)
+    made.add_argument("--peak-of", choices=STEPS, help=argparse.SUPPRESS)
     made.add_argument("--only", choices=["steps", "harvesting", "asking"])
     options = made.parse_args()
     torch.set_num_threads(options.threads)
@@ -190,6 +219,11 @@ def main() -> None:
     reader = latentqa.Reader(
         lm, latentqa.Lora.of(lm), latentqa.Wiring((options.read_layer,), align=False)
     )
+    if options.peak_of:
+        (step,) = steps_of(reader, options, [options.peak_of]).values()
+        step(), step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
     lm.takes_trees()  # measured once, and not a part of any timing
     parts = {"steps": steps, "harvesting": harvesting, "asking": asking}
     chosen = [options.only] if options.only else list(parts)
