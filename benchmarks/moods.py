@@ -8,6 +8,8 @@ import torch
 from concepts import Embedder, judge_of
 from torch import Tensor
 
+from trimtab.solvers import auroc
+
 QUESTION = "How do you feel?"
 
 # The scenarios of an emotion, the judge of its opposite, and how a prompt asks for that.
@@ -226,6 +228,14 @@ class Outside:
             e: judge_of(self.embed, self.texts, self.labels, e)
             for e in ("sadness", "anger", "fear")
         }
+
+    def check(self, emotion: str) -> dict[str, float]:
+        """How well both tell answers of the opposite mood from answers of this one: AUROCs."""
+        wanted, unwanted = ANSWERS[TOWARDS[emotion][0]]
+        answers = [*wanted, *unwanted]
+        told = torch.tensor([True] * len(wanted) + [False] * len(unwanted))
+        scores = {f"no {emotion}": self.lack(emotion, answers), "valence": self.valence(answers)}
+        return {k: round(float(auroc(v[:, None], told)), 3) for k, v in scores.items()}
 
     def lack(self, emotion: str, answers: Sequence[str]) -> Tensor:
         """1 - the emotion's probability, [B]."""

@@ -185,7 +185,8 @@ def effects(lm: tt.LM, args: argparse.Namespace) -> list[Row]:
     outside, rows = Outside(args.data), []
     for name in args.emotions:
         one = Emotion(lm, name, args)
-        print(f"{name} -> {one.wanted}; judge of {name}: AUROC {outside.judges[name][1]:.2f}")
+        rows.append({"emotion": name, "judges' AUROC on answers": outside.check(name)})
+        print(f"{name} -> {one.wanted}; {rows[-1]}")
         groups: dict[str, list[Row]] = {}
         for direction in ("gradient", "random"):
             for number, column in enumerate(zip(*one.solved(direction), strict=True)):

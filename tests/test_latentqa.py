@@ -375,6 +375,36 @@ def test_a_stopped_run_goes_on_exactly(tmp_path):
     assert not (tmp_path / "r-training" / "checkpoint.json").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_trackers_get_every_step_and_are_finished(name, tmp_path, monkeypatch):
+    module = pytest.importorskip(name, reason=f"{name} is not installed")
+    for key in ("WANDB_DIR", "TRACKIO_DIR"):
+        monkeypatch.setenv(key, str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    seen, done, init = [], [], module.init
+
+    def begun(**options):
+        run = init(**options)
+        log, finish = run.log, run.finish
+        monkeypatch.setattr(run, "log", lambda *a, **k: seen.append((a, k)) or log(*a, **k))
+        monkeypatch.setattr(run, "finish", lambda: done.append(len(seen)) or finish())
+        return run
+
+    monkeypatch.setattr(module, "init", begun)
+    losses, _ = curve(make(), steps=3, batch_size=2)
+    train(make(), ITEMS, steps=3, batch_size=2, tracker=name, **OPTIONS)
+    assert [k["step"] for _, k in seen] == [1, 2, 3] and done == [3]
+    assert [a[0]["loss"] for a, _ in seen] == pytest.approx(losses)
+    assert "step" not in seen[0][0][0]
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(TrimtabError, match="pip install wandb"):
+        train(make(), ITEMS, steps=1, tracker="wandb", **OPTIONS)
+
+
 def test_unknown_wishes_are_refused():
     lm = make()
     with pytest.raises(ValueError, match="write is"):

@@ -8,13 +8,14 @@ and the adapter's gradients, which are small, are added up. A run of two process
 curve of one at the same global batch. ``shard=True`` also shares the frozen weights (FSDP2).
 """
 
+import importlib
 import json
 import math
 import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ from trimtab.place import LayerSpec, Place
 from trimtab.recording import Recording
 
 STATE, LOG = "checkpoint.json", "log.jsonl"
+REMOTE = ("wandb", "trackio")
 
 
 @dataclass(frozen=True)
@@ -272,9 +274,9 @@ class _Run:
                 f"process {self.world.rank} would go on from step {self.step}, but not all others "
                 f"would; give every process the same {self.folder}, on storage that they share"
             )
-        track = _tracker(tracker, self.folder, {**asdict(self.plan)}, self.world.rank)
+        records = _tracking(tracker, self.folder, asdict(self.plan), self.world.rank)
         bar = tqdm(total=self.steps, initial=self.step, desc="training", disable=not show_progress)
-        try:
+        with records as track, bar:
             while self.step < self.steps:
                 record_ = self.one_step()
                 self.step += 1
@@ -286,8 +288,6 @@ class _Run:
                 bar.update()
                 if save_every and self.step % save_every == 0 and self.step < self.steps:
                     self.save()
-        finally:
-            bar.close()
 
     def one_step(self) -> dict[str, Any]:
         """One optimiser step; the gradient is that of the mean over the global batch's labels."""
@@ -497,42 +497,45 @@ def _thinned(values: Sequence[float], count: int = 200) -> list[float]:
     return [round(sum(g) / len(g), 4) for g in groups]
 
 
-def _tracker(
+@contextmanager
+def _tracking(
     tracker: str | Callable[[dict[str, Any]], None] | None,
     folder: Path | None,
     config: dict[str, Any],
     rank: int,
-) -> Callable[[dict[str, Any]], None]:
+) -> Iterator[Callable[[dict[str, Any]], None]]:
     """What is done with each step's record: a line of the log, and whatever was asked for."""
-    if rank != 0:
-        return lambda record_: None
-    if callable(tracker):
-        more: Callable[[dict[str, Any]], None] | None = tracker
-    elif tracker in ("wandb", "trackio"):
-        more = _remote(tracker, config)
-    elif tracker in (None, "jsonl"):
-        more = None
-    else:
+    if not (tracker is None or callable(tracker) or tracker in ("jsonl", *REMOTE)):
         raise ValueError(f"tracker is 'jsonl', 'wandb', 'trackio' or a function, not {tracker!r}")
+    if rank != 0:
+        yield lambda record_: None
+        return
+    with ExitStack() as stack:
+        more: Callable[[dict[str, Any]], None] | None = tracker if callable(tracker) else None
+        if isinstance(tracker, str) and tracker in REMOTE:
+            run = _remote(tracker).init(project="trimtab", config=config)
+            stack.callback(run.finish)  # sends what is not sent yet
+            more = _by_step(run.log)
 
-    def track(record_: dict[str, Any]) -> None:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / LOG).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record_) + "\n")
-        if more is not None:
-            more(record_)
+        def track(record_: dict[str, Any]) -> None:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                with (folder / LOG).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record_) + "\n")
+            if more is not None:
+                more(record_)
 
-    return track
+        yield track
 
 
-def _remote(tracker: str, config: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
-    import importlib
+def _by_step(log: Callable[..., None]) -> Callable[[dict[str, Any]], None]:
+    return lambda record_: log(
+        {k: v for k, v in record_.items() if k != "step"}, step=record_["step"]
+    )
 
+
+def _remote(tracker: str) -> Any:
     try:
-        module = importlib.import_module(tracker)
+        return importlib.import_module(tracker)
     except ImportError:
         raise TrimtabError(f"{tracker} is not installed; run: pip install {tracker}") from None
-    module.init(project="trimtab", config=config)
-    log: Callable[..., None] = module.log
-    return lambda record_: log(record_)
