@@ -75,13 +75,16 @@ def answers(lm, rows, dtype=None):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_few_rows_are_decoded_as_many_are(name, monkeypatch):
-    lm, taken = tt.LM(model_zoo.tiny(name)), []
-    form = thin._transposed
-    monkeypatch.setattr(thin, "_transposed", lambda *a: taken.append(1) or form(*a))
-    for rows in (1, 3, thin.ROWS + 1):
+    lm, taken = tt.LM(model_zoo.tiny(name)), set()
+    for form in ("_transposed", "_onednn"):
+        own = getattr(thin, form)
+        spy = lambda *a, own=own, form=form: taken.add(form) or own(*a)  # noqa: E731
+        monkeypatch.setattr(thin, form, spy)
+    for rows, form in ((1, "_transposed"), (3, "_transposed"), (6, "_onednn"), (65, None)):
         taken.clear()
         found = answers(lm, rows)
-        assert bool(taken) == (rows <= thin.ROWS) or name == "gpt2"  # it has no linear maps
+        if name != "gpt2":  # it has no linear maps
+            assert form in taken or (form is None and not taken)
         with monkeypatch.context() as patch:
             patch.setattr(thin, "ROWS", 0)
             taken.clear()
@@ -89,12 +92,22 @@ def test_few_rows_are_decoded_as_many_are(name, monkeypatch):
             assert not taken
 
 
+def test_without_onednn_the_usual_routine_is_called(monkeypatch):
+    x, weight = torch.randn(6, 1, 24), torch.randn(40, 24)
+    with torch.no_grad():
+        found = thin._onednn(x, weight, None)
+        monkeypatch.setattr(torch.ops, "mkldnn", object())
+        usual = thin._onednn(x, weight, None)
+    assert torch.equal(usual, torch.nn.functional.linear(x, weight))
+    assert torch.allclose(found, usual, atol=1e-5)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_other_form_is_the_same_product(bias):
     map_ = torch.nn.Linear(24, 40, bias=bias)
     form = thin._form(map_)
     with torch.no_grad():
-        for shape in ((1, 1, 24), (4, 1, 24), (1, 3, 24), (2, 24), (24,)):
+        for shape in ((1, 1, 24), (4, 1, 24), (1, 3, 24), (2, 24), (24,), (9, 1, 24), (7, 24)):
             x = torch.randn(shape)
             found, expected = form(x), torch.nn.functional.linear(x.double(), map_.weight.double())
             expected = expected if map_.bias is None else expected + map_.bias.double()
