@@ -42,19 +42,22 @@ def chats(count: int, seed: int = 0) -> list[tt.Example]:
     return made[:count]
 
 
-def best_of(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def best_of(
+    variants: dict[str, Callable[[], Any]], repeats: int, *, warm_up: bool = True
+) -> dict[str, float]:
     """Seconds of each variant: the best of ``repeats``, variants taking turns in a changing order.
 
-    The best time is the one least disturbed by whatever else the machine does.
+    The best time is the one least disturbed by whatever else the machine does. ``warm_up``: a round
+    before that does not count.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
-    for turn in range(repeats + 1):
+    for turn in range(repeats + warm_up):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             gc.collect()
             start = time.perf_counter()
             variants[name]()
-            if turn:  # the first round warms up
+            if turn or not warm_up:
                 times[name].append(time.perf_counter() - start)
     for name, taken in times.items():
         print(f"  {name:<42} best {min(taken):8.3f} s   median {statistics.median(taken):8.3f} s")

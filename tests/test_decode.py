@@ -1,5 +1,8 @@
 """The savings of decoding and reading leave the numbers as they are: caches, few rows, trees."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
@@ -60,6 +63,15 @@ def test_a_growing_layer_writes_in_place_only_without_gradients():
         assert (layer.keys.data_ptr() == before) == (not grad)
 
 
+def test_a_cache_goes_on_after_inference_mode():
+    layer, one = cache.Growing(), torch.ones(1, 1, 1, 2)
+    with torch.inference_mode():
+        for _ in range(3):
+            layer.update(one, one)
+    with torch.no_grad():
+        assert layer.update(one, one)[0].sum() == 8
+
+
 def test_only_full_attention_grows_in_place():
     kinds = [type(x) for x in cache.growing(model_zoo.tiny("gemma2").config).layers]
     assert cache.Growing in kinds and any(k is not cache.Growing for k in kinds)
@@ -102,10 +114,65 @@ def test_without_onednn_the_usual_routine_is_called(monkeypatch):
     assert torch.allclose(found, usual, atol=1e-5)
 
 
+MLA = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=6)
+ROTATING_PAIRS = {
+    "llama4_text": dict(
+        head_dim=8, intermediate_size_mlp=64, num_local_experts=2, moe_layers=[1, 3]
+    ),
+    "deepseek_v2": dict(
+        MLA,
+        num_key_value_heads=4,
+        head_dim=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*ROTATING_PAIRS])
+def test_models_that_look_at_pairs_of_features_are_decoded_too(name):
+    lm = tt.LM(model_zoo.build(name, **(model_zoo._LLAMA | ROTATING_PAIRS[name])))
+    for rows in (1, 3):
+        ids = torch.randint(3, 200, (rows, 7), generator=torch.Generator().manual_seed(rows))
+        with torch.no_grad():
+            whole = lm.model.generate(ids, max_new_tokens=8, do_sample=False)[:, 7:].tolist()
+        assert lm.generate_ids(tt.Batch(ids), None, 8) == whole
+
+
+def test_quantised_weights_keep_their_own_product():
+    class Packed(torch.Tensor):
+        """Says float32, as quantised weights do."""
+
+    map_ = torch.nn.Linear(24, 40)
+    x = torch.randn(1, 24)
+    with torch.no_grad():
+        assert thin._plain(x, map_.weight) and thin._plain(x, map_.weight.data)
+        assert not thin._plain(x, map_.weight.data.as_subclass(Packed))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not thin._plain(x, map_.weight)
+    assert not thin._plain(x, map_.weight)
+
+
+def test_a_bias_may_be_strided_and_a_copy_made_in_a_pass_is_a_copy():
+    map_, x = torch.nn.Linear(24, 40), torch.randn(9, 24)
+    map_.bias = torch.nn.Parameter(torch.randn(80)[::2])
+    made = thin.Thin(map_)
+    with torch.no_grad(), made.products(torch.zeros(9, 1)):
+        found, usual = map_(input=x), torch.nn.functional.linear(x, map_.weight, map_.bias)
+        assert torch.allclose(found, usual, atol=1e-5)
+        twin = copy.deepcopy(map_)
+        twin.weight.zero_()
+        assert torch.allclose(twin(x), twin.bias.expand(9, -1))
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_other_form_is_the_same_product(bias):
     map_ = torch.nn.Linear(24, 40, bias=bias)
-    form = thin._form(map_)
+    form = partial(thin._forward, map_)
     with torch.no_grad():
         for shape in ((1, 1, 24), (4, 1, 24), (1, 3, 24), (2, 24), (24,), (9, 1, 24), (7, 24)):
             x = torch.randn(shape)
@@ -162,6 +229,55 @@ def test_logits_at_are_those_of_each_row_alone(name, trees, monkeypatch):
             alone = lm.model(torch.tensor([ids])).logits[0, at]
         assert torch.allclose(found[i], alone, atol=1e-4)
         assert not torch.allclose(found[i].flip(0), alone, atol=1e-3), "control: other positions"
+
+
+def spied(lm, monkeypatch):
+    """The masks of all passes from now on."""
+    masks, forward = [], lm.forward
+    told = lambda ids, mask, *a, **k: masks.append(mask) or forward(ids, mask, *a, **k)  # noqa: E731
+    monkeypatch.setattr(lm, "forward", told)
+    return masks
+
+
+def test_long_rows_are_read_as_they_are(monkeypatch):
+    sizes = dict(model_zoo._LLAMA, max_position_embeddings=2048)
+    chunked = dict(ROTATING_PAIRS["llama4_text"], attention_chunk_size=250, no_rope_layers=[1] * 4)
+    numbers = torch.Generator().manual_seed(0)
+    head = torch.randint(3, 200, (harvest.TREE_WIDTH + 40,), generator=numbers).tolist()
+    rows = [([*head, 5, 6, 7 + i], [3, len(head) + 2]) for i in range(2)] + [(head[:9], [8])]
+    for name, more in (("llama", {}), ("llama4_text", chunked)):
+        lm = tt.LM(model_zoo.build(name, **(sizes | more)))
+        masks = spied(lm, monkeypatch)
+        assert lm.takes_trees() == (name == "llama")
+        masks.clear()
+        for some, logits in harvest.logits_at(lm, rows):
+            parts = logits.split([len(rows[i][1]) for i in some])
+            for i, part in zip(some, parts, strict=True):
+                with torch.no_grad():
+                    alone = lm.model(torch.tensor([rows[i][0]])).logits[0, rows[i][1]]
+                assert torch.allclose(part, alone, atol=1e-4)
+        assert sum(m is None for m in masks) >= 1, "long rows need no mask"
+
+
+def test_tokens_that_the_model_puts_before_a_row_are_passed_over():
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    lm = tt.LM(peft.get_peft_model(model_zoo.tiny("llama"), config))
+    rows = [(list(range(10, 10 + n)), [2, n - 1]) for n in (6, 9)]
+    (some, logits), *rest = harvest.logits_at(lm, rows)
+    assert not rest and sorted(some) == [0, 1]
+    for i, part in zip(some, logits.split(2), strict=True):
+        with torch.no_grad():
+            alone = lm.model(torch.tensor([rows[i][0]])).logits[0]
+        assert torch.allclose(part, alone[[3 + p for p in rows[i][1]]], atol=1e-4)
+        assert not torch.allclose(part, alone[rows[i][1]], atol=1e-3), "control: not moved"
+
+
+def test_a_batch_of_nothing_is_refused():
+    lm = tt.LM(model_zoo.tiny("llama"))
+    with pytest.raises(ValueError, match="1 or more, not 0"):
+        list(harvest.logits_at(lm, [([5, 6], [1])], 0))
+    assert list(harvest.logits_at(lm, [])) == []
 
 
 def test_several_judges_read_one_answer_in_one_layout():

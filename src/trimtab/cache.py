@@ -34,7 +34,7 @@ class Growing(DynamicLayer):
     def _grown(self, number: int, old: Tensor, new: Tensor) -> Tensor:
         before, after = old.shape[-2], old.shape[-2] + new.shape[-2]
         buffer = self._buffers[number]
-        if buffer is None or not _begins(old, buffer) or buffer.shape[-2] < after:
+        if buffer is None or not _begins(old, buffer) or not _takes(buffer, after):
             buffer = old.new_empty(*old.shape[:2], after + ROOM, old.shape[-1])
             buffer[..., :before, :] = old
             self._buffers[number] = buffer
@@ -44,6 +44,11 @@ class Growing(DynamicLayer):
 
 def _begins(part: Tensor, buffer: Tensor) -> bool:
     return part.data_ptr() == buffer.data_ptr() and part.shape[:2] == buffer.shape[:2]
+
+
+def _takes(buffer: Tensor, tokens: int) -> bool:
+    frozen = buffer.is_inference() and not torch.is_inference_mode_enabled()
+    return buffer.shape[-2] >= tokens and not frozen
 
 
 def growing(config: Any) -> DynamicCache:

@@ -100,7 +100,7 @@ def harvest(
         meta |= {"dtype": str(dtype), "edits": fingerprint(edits)}
         writer = ShardWriter(out, tracks, meta, len(rows), rank)
         _barrier(world)  # every process knows what is done before any of them writes more
-    lay_out = _trees if edits is None and lm.takes_trees() else _plain
+    lay_out = _shared_once if edits is None and lm.takes_trees() else _plain
     sheets = list(lay_out(rows, batch_size))
     if writer is not None and writer.done:
         sheets = _remaining(sheets, writer.done, lambda rows: lay_out(rows, batch_size))
@@ -184,12 +184,18 @@ def read_sheet(
 
 
 @contextmanager
-def head_at(model: Any, index: Tensor) -> Iterator[None]:
-    """The LM head sees only the tokens ``index`` of the flattened batch: logits [1, n, V]."""
+def head_at(model: Any, index: Tensor, ids: Tensor) -> Iterator[None]:
+    """The LM head sees only the tokens ``index`` of flattened ``ids`` [R, T]: logits [1, n, V].
+
+    Tokens that the model itself puts before each row (as PEFT's prompt tuning does) are passed
+    over.
+    """
 
     def pick(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0]
-        return (x.flatten(0, -2)[index.to(x.device)][None], *args[1:])
+        x, width = args[0].flatten(0, -2), ids.shape[1]
+        more = len(x) // len(ids) - width
+        at = index + (index // width + 1) * more
+        return (x[at.to(x.device)][None], *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(pick)
     try:
@@ -207,14 +213,16 @@ def logits_at(
     their positions, end to end, [n, V], until all rows have come; never more than one pass's
     logits at a time. What rows share at their beginning is computed once where the model allows.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is 1 or more, not {batch_size}")
     for ids, _ in rows:
         lm._check_length(len(ids))
     asked = [Row(i, tuple(ids), 0, len(ids), (tuple(at),)) for i, (ids, at) in enumerate(rows)]
-    lay_out = _trees if len(rows) > 1 and lm.takes_trees() else _plain
+    lay_out = _shared_once if len(rows) > 1 and lm.takes_trees() else _plain
     for sheet in lay_out(asked, batch_size):
         (where,) = sheet.where
         index = torch.tensor([i for row in where for i in row], dtype=torch.long)
-        with torch.no_grad(), lm.taps.held(lm.waits), head_at(lm.model, index):
+        with torch.no_grad(), lm.taps.held(lm.waits), head_at(lm.model, index, sheet.ids):
             out = lm.forward(sheet.ids, sheet.mask, sheet.position_ids, use_cache=False)
         yield [row.number for row in sheet.rows], out.logits[0]
 
@@ -282,6 +290,12 @@ def _plain(rows: Sequence[Row], batch_size: int) -> Iterator[Sheet]:
             for k in range(len(batch[0].asked))
         ]
         yield Sheet(ids, None, positions, batch, where)
+
+
+def _shared_once(rows: Sequence[Row], batch_size: int) -> Iterator[Sheet]:
+    """Trees; rows too long for one, which a mask would only make slower, side by side."""
+    yield from _trees([r for r in rows if len(r.ids) <= TREE_WIDTH], batch_size)
+    yield from _plain([r for r in rows if len(r.ids) > TREE_WIDTH], batch_size)
 
 
 class _Tree:

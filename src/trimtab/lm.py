@@ -596,10 +596,12 @@ class LM:
 
     def takes_trees(self) -> bool:
         """Whether rows that share prefixes can be computed as a tree; measured once per model."""
-        key = (str(self.model.dtype), self.model.training)
+        attention = str(getattr(self.text_config, "_attn_implementation", None))
+        key = (str(self.model.dtype), self.model.training, attention)
         if key not in self._trees:
-            window = getattr(self.text_config, "sliding_window", None)
-            self._trees[key] = window is None and fits_trees(self)
+            windows = ("sliding_window", "attention_chunk_size")  # a tree's mask would undo them
+            whole = all(getattr(self.text_config, name, None) is None for name in windows)
+            self._trees[key] = whole and fits_trees(self)
         return self._trees[key]
 
     def score(

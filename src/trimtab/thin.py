@@ -7,8 +7,9 @@ to some dozens oneDNN's routine does, by 1.4 (8 rows) to 1.1 times (48). Sums co
 so results differ by rounding.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -22,33 +23,40 @@ class Thin:
     """The linear maps of a model, and a context in which few rows take their fastest form."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.forms = [(m, _form(m)) for m in model.modules() if type(m) is nn.Linear]
+        self.maps = [m for m in model.modules() if type(m) is nn.Linear]
 
     @contextmanager
     def products(self, ids: Tensor) -> Iterator[None]:
         """For one pass over these ids; nothing changes where they are many or not on a CPU."""
         fits = ids.numel() <= ROWS and ids.device.type == "cpu" and not torch.is_grad_enabled()
         # A map that somebody has wrapped already stays as it is.
-        mine = [pair for pair in self.forms if "forward" not in pair[0].__dict__] if fits else []
-        for module, form in mine:
-            module.__dict__["forward"] = form
+        mine = [m for m in self.maps if "forward" not in m.__dict__] if fits else []
+        for module in mine:
+            module.__dict__["forward"] = MethodType(_forward, module)
         try:
             yield
         finally:
-            for module, _ in mine:
+            for module in mine:
                 module.__dict__.pop("forward", None)
 
 
-def _form(module: nn.Linear) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        weight, bias = module.weight, module.bias
-        many = x.numel() > ROWS * x.shape[-1]
-        if many or torch.is_grad_enabled() or not x.dtype == weight.dtype == torch.float32:
-            return linear(x, weight, bias)
-        few = x.numel() <= FEW * x.shape[-1]
-        return _transposed(x, weight, bias) if few else _onednn(x, weight, bias)
+def _forward(self: nn.Linear, input: Tensor) -> Tensor:
+    if not _plain(input, self.weight):
+        return linear(input, self.weight, self.bias)
+    few = input.numel() <= FEW * input.shape[-1]
+    return (_transposed if few else _onednn)(input, self.weight, self.bias)
 
-    return forward
+
+def _plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether these are few rows and a usual weight, not a quantised or a distributed one."""
+    return (
+        x.numel() <= ROWS * x.shape[-1]
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and type(weight) in (nn.Parameter, Tensor)
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _transposed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -56,7 +64,8 @@ def _transposed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     few = len(rows)
     if few == 1:  # alone it would be a product with a vector: the slow one
         rows = torch.cat([rows, torch.zeros_like(rows)])
-    made = (weight @ rows.T).T[:few].reshape(*x.shape[:-1], len(weight))
+    # Contiguous, as a linear map's output is: some models look at it as pairs.
+    made = (weight @ rows.T).T[:few].contiguous().reshape(*x.shape[:-1], len(weight))
     return made if bias is None else made + bias
 
 
@@ -64,5 +73,6 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # What torch's own compiler calls for a linear map; a build of torch may lack it.
     if (fused := getattr(torch.ops.mkldnn, "_linear_pointwise", None)) is None:
         return linear(x, weight, bias)
+    bias = None if bias is None else bias.contiguous()  # it looks at no stride of a bias
     made: Tensor = fused(x, weight, bias, "none", [], "")
     return made

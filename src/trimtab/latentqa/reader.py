@@ -325,7 +325,8 @@ class Reader:
         positions = sheet.positions + self._shifts(firsts, given)[:, None]
         self.lm._check_length(int(positions.max()) + 1)
         call = self._call(firsts, given, Batch(sheet.ids))
-        with self.lm.taps.carry(call, self.lm.waits), head_at(self.lm.model, sheet.where):
+        head = head_at(self.lm.model, sheet.where, sheet.ids)
+        with self.lm.taps.carry(call, self.lm.waits), head:
             out = self.lm.forward(sheet.ids, sheet.mask, positions, use_cache=False)
         self._last = call if call.checkpointed else None
         logits = out.logits.reshape(-1, out.logits.shape[-1])

@@ -276,7 +276,7 @@ class _Run:
             )
         records = _tracking(tracker, self.folder, asdict(self.plan), self.world.rank)
         bar = tqdm(total=self.steps, initial=self.step, desc="training", disable=not show_progress)
-        with records as track, bar:
+        with bar, records as track:
             while self.step < self.steps:
                 record_ = self.one_step()
                 self.step += 1
@@ -507,13 +507,14 @@ def _tracking(
     """What is done with each step's record: a line of the log, and whatever was asked for."""
     if not (tracker is None or callable(tracker) or tracker in ("jsonl", *REMOTE)):
         raise ValueError(f"tracker is 'jsonl', 'wandb', 'trackio' or a function, not {tracker!r}")
+    more: Callable[[dict[str, Any]], None] | None = tracker if callable(tracker) else None
+    remote = _remote(tracker) if isinstance(tracker, str) and tracker in REMOTE else None
     if rank != 0:
         yield lambda record_: None
         return
     with ExitStack() as stack:
-        more: Callable[[dict[str, Any]], None] | None = tracker if callable(tracker) else None
-        if isinstance(tracker, str) and tracker in REMOTE:
-            run = _remote(tracker).init(project="trimtab", config=config)
+        if remote is not None:
+            run = remote.init(project="trimtab", config=config)
             stack.callback(run.finish)  # sends what is not sent yet
             more = _by_step(run.log)
 
