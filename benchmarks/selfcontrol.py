@@ -29,17 +29,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--only", choices=["iteration", "together"], help="and write no file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     lm = tt.LM.load("smollm2-135m", dtype=args.dtype)
     lm.takes_trees()  # measured once, and not a part of any timing
-    save(f"selfcontrol-speed-{args.dtype}", speed(lm, 1 if args.quick else 3))
+    rows = speed(lm, 1 if args.quick else 3, args.only)
+    if args.only is None:
+        save(f"selfcontrol-speed-{args.dtype}", rows)
 
 
 # -- speed -----------------------------------------------------------------------------------------
 
 
-def speed(lm: tt.LM, repeats: int) -> list[dict[str, Any]]:
+def speed(lm: tt.LM, repeats: int, only: str | None = None) -> list[dict[str, Any]]:
     """One iteration against the original's order; passes against the fewest; batches."""
     judge = Judge.named("happiness")
     rows = []
@@ -47,7 +50,7 @@ def speed(lm: tt.LM, repeats: int) -> list[dict[str, Any]]:
     lm.model.generation_config.eos_token_id = lm.tokenizer.eos_token_id = None
     lm.text_config.eos_token_id = None
     selfcontrol.solve(lm, PROMPT, judge, **OPTIONS)  # warms up
-    for branches in (1, 3):
+    for branches in (1, 3) if only != "together" else ():
         print(f"one iteration, {TRIES} step sizes, {TOKENS} tokens, {branches} branches")
         options = OPTIONS | dict(branches=branches)
         original = Original(lm, judge, branches)
@@ -64,8 +67,7 @@ def speed(lm: tt.LM, repeats: int) -> list[dict[str, Any]]:
             check(f"time of the original, {branches} branches", ratio, 1 / 6, at_least=False)
         )
         rows += passes(lm, judge, options, branches)
-    rows += together(lm, judge, repeats)
-    return rows
+    return rows + (together(lm, judge, repeats) if only != "iteration" else [])
 
 
 class Original:
