@@ -8,7 +8,6 @@ and many questions with as many single calls that use no cache.
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -197,7 +196,7 @@ def asking(reader: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
         "15 questions": lambda: reader.ask(prompt, questions, max_new_tokens=options.answer),
         "15 single calls without a cache": one_by_one,
     }
-    ours, theirs = common.best_of(variants, 1).values()
+    ours, theirs = common.best_of(variants, 1, warm_up=False).values()
     return [common.check("15 questions / 15 single calls", ours / theirs, 0.2, at_least=False)]
 
 
@@ -222,7 +221,7 @@ def main() -> None:
     if options.peak_of:
         (step,) = steps_of(reader, options, [options.peak_of]).values()
         step(), step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(common.peak_resident())
         return
     lm.takes_trees()  # measured once, and not a part of any timing
     parts = {"steps": steps, "harvesting": harvesting, "asking": asking}
