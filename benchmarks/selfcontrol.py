@@ -29,14 +29,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--only", choices=["iteration", "together"], help="and write no file")
+    parser.add_argument("--only", choices=["iteration", "together"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     lm = tt.LM.load("smollm2-135m", dtype=args.dtype)
     lm.takes_trees()  # measured once, and not a part of any timing
     rows = speed(lm, 1 if args.quick else 3, args.only)
-    if args.only is None:
-        save(f"selfcontrol-speed-{args.dtype}", rows)
+    save(f"selfcontrol-{args.only or 'speed'}-{args.dtype}", rows)
 
 
 # -- speed -----------------------------------------------------------------------------------------
