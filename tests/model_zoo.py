@@ -41,6 +41,21 @@ _GPT2 = dict(
 _UNTIED = dict(tie_word_embeddings=False)
 _EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 _DENSE_ATTENTION = dict(layer_types=["full_attention"] * LAYERS)
+# DeepSeek's: latent attention, and experts after the first layer.
+LATENT_ATTENTION = dict(
+    num_key_value_heads=HEADS,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=8,
+    v_head_dim=8,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+)
 _SLIDING = dict(
     layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2), sliding_window=CONTEXT
 )
@@ -149,22 +164,7 @@ ARCHITECTURES: dict[str, Callable[..., PreTrainedModel]] = {
     "gpt_oss": _row(
         "gpt_oss", _LLAMA, _SLIDING, head_dim=8, num_local_experts=4, num_experts_per_tok=2
     ),
-    "deepseek_v3": _row(
-        "deepseek_v3",
-        _NO_GROUPS,
-        num_key_value_heads=HEADS,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-    ),
+    "deepseek_v3": _row("deepseek_v3", _NO_GROUPS, LATENT_ATTENTION),
 }
 
 HYBRIDS: dict[str, Callable[..., PreTrainedModel]] = {

@@ -114,22 +114,11 @@ def test_without_onednn_the_usual_routine_is_called(monkeypatch):
     assert torch.allclose(found, usual, atol=1e-5)
 
 
-MLA = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=6)
 ROTATING_PAIRS = {
     "llama4_text": dict(
         head_dim=8, intermediate_size_mlp=64, num_local_experts=2, moe_layers=[1, 3]
     ),
-    "deepseek_v2": dict(
-        MLA,
-        num_key_value_heads=4,
-        head_dim=4,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-    ),
+    "deepseek_v2": model_zoo.LATENT_ATTENTION | dict(head_dim=4, v_head_dim=6),
 }
 
 

@@ -193,7 +193,7 @@ def readings(
 ) -> Readings:
     """Scores, and perplexities from the same pass, of rows of prompt and answer ids."""
     tails = [judge.tail(lm) for judge in judges]
-    total = torch.zeros(len(judges), len(rows))
+    weighted = torch.zeros(len(judges), len(rows))
     fluency = torch.full((len(rows),), math.nan)
     asked = [
         (row.ids + tail.ids, _asked(row, tail, perplexity and number == 0))
@@ -205,10 +205,10 @@ def readings(
         for i, part in zip(some, parts, strict=True):
             number, row = divmod(i, len(rows))
             judge, tail = judges[number], tails[number]
-            total[number, row] = judge.weight * agreement(judge, tail, part[-1:])[0]
+            weighted[number, row] = judge.weight * agreement(judge, tail, part[-1:])[0]
             if perplexity and number == 0:
                 fluency[row] = _perplexity(rows[row], part[:-1])
-    return Readings(total.sum(0) / sum(judge.weight for judge in judges), fluency)
+    return Readings(weighted.sum(0) / sum(judge.weight for judge in judges), fluency)
 
 
 def _asked(row: Encoded, tail: Tail, with_answer: bool) -> list[int]:
