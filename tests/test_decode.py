@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 import model_zoo
 import tokenizers_zoo as zoo
 import trimtab as tt
-from trimtab import cache, harvest, thin
+from trimtab import cache, harvest, products
 from trimtab.selfcontrol import Judge
 from trimtab.selfcontrol.judge import encoded, readings
 
@@ -77,7 +77,7 @@ def test_only_full_attention_grows_in_place():
     assert cache.Growing in kinds and any(k is not cache.Growing for k in kinds)
 
 
-# -- few rows --------------------------------------------------------------------------------------
+# -- products --------------------------------------------------------------------------------------
 
 
 def answers(lm, rows, dtype=None):
@@ -86,19 +86,19 @@ def answers(lm, rows, dtype=None):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_few_rows_are_decoded_as_many_are(name, monkeypatch):
+def test_answers_are_those_of_the_usual_products(name, monkeypatch):
     lm, taken = tt.LM(model_zoo.tiny(name)), set()
     for form in ("_transposed", "_onednn"):
-        own = getattr(thin, form)
+        own = getattr(products, form)
         spy = lambda *a, own=own, form=form: taken.add(form) or own(*a)  # noqa: E731
-        monkeypatch.setattr(thin, form, spy)
-    for rows, form in ((1, "_transposed"), (3, "_transposed"), (6, "_onednn"), (65, None)):
+        monkeypatch.setattr(products, form, spy)
+    for rows, form in ((1, "_transposed"), (3, "_transposed"), (6, "_onednn"), (65, "_onednn")):
         taken.clear()
         found = answers(lm, rows)
         if name != "gpt2":  # it has no linear maps
-            assert form in taken or (form is None and not taken)
+            assert form in taken
         with monkeypatch.context() as patch:
-            patch.setattr(thin, "ROWS", 0)
+            patch.setattr(products, "_fits", lambda weight: False)
             taken.clear()
             assert answers(lm, rows) == found
             assert not taken
@@ -107,11 +107,76 @@ def test_few_rows_are_decoded_as_many_are(name, monkeypatch):
 def test_without_onednn_the_usual_routine_is_called(monkeypatch):
     x, weight = torch.randn(6, 1, 24), torch.randn(40, 24)
     with torch.no_grad():
-        found = thin._onednn(x, weight, None)
+        found = products._onednn(x, weight, None)
         monkeypatch.setattr(torch.ops, "mkldnn", object())
-        usual = thin._onednn(x, weight, None)
+        usual = products._onednn(x, weight, None)
     assert torch.equal(usual, torch.nn.functional.linear(x, weight))
     assert torch.allclose(found, usual, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(9, 24), (3, 7, 24), (2, 24), (24,)])
+def test_gradients_are_those_of_the_usual_products(shape):
+    """Of the input, of a change of the output in place, and a second time."""
+    map_, numbers = torch.nn.Linear(24, 40), torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=numbers, requires_grad=True)
+    g = torch.randn((*shape[:-1], 40), generator=numbers)
+    made = products.Products(map_)
+    with products.frozen(map_), made.fast():
+        y = map_(x)
+        assert type(y.grad_fn).__name__ != "AddmmBackward0"
+        y.mul_(2)
+        (first,) = torch.autograd.grad(y.tanh(), x, g, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), x)
+    wide = x.detach().double().requires_grad_()
+    y = 2 * torch.nn.functional.linear(wide, map_.weight.double(), map_.bias.double())
+    (expected,) = torch.autograd.grad(y.tanh(), wide, g.double(), create_graph=True)
+    (again,) = torch.autograd.grad(expected.sum(), wide)
+    assert (first - expected).abs().max() < 1e-5
+    assert (second - again).abs().max() < 1e-4
+    assert (first - 2 * expected).abs().max() > 1e-2, "control: another gradient"
+
+
+def test_weights_that_learn_keep_the_usual_product():
+    map_, x = torch.nn.Linear(24, 40), torch.randn(9, 24)
+    with products.Products(map_).fast():
+        map_(x).square().sum().backward()
+    own = map_.weight.grad.clone()
+    map_.zero_grad()
+    map_(x).square().sum().backward()
+    assert torch.equal(own, map_.weight.grad) and own.norm() > 0
+
+
+def test_a_run_is_the_bare_model_to_the_bit_and_a_fast_one_up_to_rounding():
+    model = model_zoo.tiny("llama")
+    lm, batch = tt.LM(model), tt.Batch(torch.arange(3, 43).reshape(2, 20))
+    with torch.no_grad():
+        bare = model(batch.ids).logits
+        assert torch.equal(lm(batch).logits, bare)
+        near = lm.forward(batch.ids, None, batch.positions).logits
+    assert torch.allclose(near, bare, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
+def test_blocks_that_are_computed_again_take_the_same_form():
+    """Checkpoints compare what a block keeps, which another form of its products would change."""
+    model = model_zoo.tiny("llama").requires_grad_(False).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    lm, batch = tt.LM(model), tt.Batch(torch.arange(3, 43).reshape(2, 20))
+    zero = torch.zeros(4, 2, 1, lm.width, requires_grad=True)
+    call = lm._call(batch, tt.Add("resid@0:4 prompt[0:1]", zero), [20, 20])
+    for held in (True, False):
+        with lm.taps.carry(call, lm.waits):
+            loss = lm.forward(batch.ids, None, batch.positions, use_cache=False).logits.sum()
+        if held:
+            with lm.replay(call):
+                (slope,) = torch.autograd.grad(loss, zero)
+            assert slope.norm() > 0
+        else:
+            with (
+                pytest.raises(torch.utils.checkpoint.CheckpointError),
+                lm.taps.replay(call, lm.waits),
+            ):
+                torch.autograd.grad(loss, zero)
 
 
 ROTATING_PAIRS = {
@@ -139,18 +204,18 @@ def test_quantised_weights_keep_their_own_product():
     map_ = torch.nn.Linear(24, 40)
     x = torch.randn(1, 24)
     with torch.no_grad():
-        assert thin._plain(x, map_.weight) and thin._plain(x, map_.weight.data)
-        assert not thin._plain(x, map_.weight.data.as_subclass(Packed))
+        assert products._plain(x, map_.weight, None) and products._plain(x, map_.weight.data, None)
+        assert not products._plain(x, map_.weight.data.as_subclass(Packed), None)
         with torch.autocast("cpu", torch.bfloat16):
-            assert not thin._plain(x, map_.weight)
-    assert not thin._plain(x, map_.weight)
+            assert not products._plain(x, map_.weight, None)
+    assert not products._plain(x, map_.weight, None)
 
 
 def test_a_bias_may_be_strided_and_a_copy_made_in_a_pass_is_a_copy():
     map_, x = torch.nn.Linear(24, 40), torch.randn(9, 24)
     map_.bias = torch.nn.Parameter(torch.randn(80)[::2])
-    made = thin.Thin(map_)
-    with torch.no_grad(), made.products(torch.zeros(9, 1)):
+    made = products.Products(map_)
+    with torch.no_grad(), made.fast():
         found, usual = map_(input=x), torch.nn.functional.linear(x, map_.weight, map_.bias)
         assert torch.allclose(found, usual, atol=1e-5)
         twin = copy.deepcopy(map_)
@@ -161,7 +226,7 @@ def test_a_bias_may_be_strided_and_a_copy_made_in_a_pass_is_a_copy():
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_other_form_is_the_same_product(bias):
     map_ = torch.nn.Linear(24, 40, bias=bias)
-    form = partial(thin._forward, map_)
+    form = partial(products._forward, map_)
     with torch.no_grad():
         for shape in ((1, 1, 24), (4, 1, 24), (1, 3, 24), (2, 24), (24,), (9, 1, 24), (7, 24)):
             x = torch.randn(shape)
@@ -174,24 +239,21 @@ def test_the_other_form_is_the_same_product(bias):
 
 def test_a_pass_leaves_the_model_as_it_was():
     model = model_zoo.tiny("llama")
-    made, head = thin.Thin(model), model.lm_head
-    one = torch.zeros(1, 1, dtype=torch.long)
-    with torch.no_grad():
-        with made.products(one):
-            assert "forward" in head.__dict__
-            with made.products(one):  # another thread's pass
-                pass
-            assert "forward" in head.__dict__
-        with pytest.raises(KeyError), made.products(one):
-            raise KeyError
-        assert not any("forward" in m.__dict__ for m in model.modules())
-        head.forward = own = lambda x: x  # somebody else has wrapped it
-        with made.products(one):
-            assert head.forward is own
+    made, head = products.Products(model), model.lm_head
+    with made.fast():
+        assert "forward" in head.__dict__
+        with made.fast():  # another thread's pass
+            pass
+        assert "forward" in head.__dict__
+    with pytest.raises(KeyError), made.fast():
+        raise KeyError
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    head.forward = own = lambda x: x  # somebody else has wrapped it
+    with made.fast():
         assert head.forward is own
-        with made.products(torch.zeros(thin.ROWS + 1, 1)):
-            assert "forward" not in model.model.layers[0].mlp.up_proj.__dict__
-    with torch.enable_grad(), made.products(one):
+    assert head.forward is own
+    model.bfloat16()
+    with made.fast():
         assert "forward" not in model.model.layers[0].mlp.up_proj.__dict__
 
 

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib import import_module
 
@@ -106,6 +107,35 @@ def test_the_loss_is_that_of_a_plain_pass_with_a_merged_adapter(write):
     assert torch.allclose(sums, torch.stack(each), rtol=1e-4)
     assert not torch.allclose(sums[0], shifted, rtol=1e-3)  # one placeholder off is seen
     assert torch.allclose(reader.loss(ITEMS).detach(), sums.sum() / counts.sum())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # GPT-2's linear maps give views
+def test_an_adapters_gradients_are_those_of_matrices_that_are_added(name, bf16):
+    lm = make(name)
+    batch = tt.Batch(torch.arange(3, 43).reshape(2, 20))
+    found = {}
+    for form in ("hooks", "plain"):
+        lora = worn(lm).lora
+        with ExitStack() as stack:
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=bf16))
+            if form == "hooks":
+                stack.enter_context(lora.on(lm))
+            for key, module in dict(lm.model.named_modules()).items() if form == "plain" else ():
+                if key in lora.names:
+                    i = lora.names.index(key)
+                    down, up, scale = lora.down[i], lora.up[i], lora.scaling[i]
+                    hook = lambda _, args, out, a=down, b=up, s=scale: out + s * args[0] @ a.T @ b.T  # noqa: E731
+                    stack.callback(module.register_forward_hook(hook).remove)
+            logits = lm.forward(batch.ids, None, batch.positions, use_cache=False).logits
+            logits.float().logsumexp(-1).sum().backward()
+        lm.model.zero_grad()
+        found[form] = torch.cat([p.grad.flatten() for p in lora.parameters()])
+    near = torch.nn.functional.cosine_similarity(found["hooks"], found["plain"], 0)
+    assert near > (0.95 if bf16 else 1 - 1e-6)
+    assert abs(found["hooks"].norm() / found["plain"].norm() - 1) < (0.05 if bf16 else 1e-5)
+    flipped = found["hooks"].flip(0)
+    assert torch.nn.functional.cosine_similarity(flipped, found["plain"], 0) < 0.9, "control"
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "trimtab"
 
 FLOORS = [
     {"errors", "place", "edits", "merge", "recording", "artifact", "journal"}
-    | {"solvers", "inductor", "thin"},
+    | {"solvers", "inductor", "products"},
     {"anatomy", "taps"},
     {"chat", "models", "lm", "decode", "harvest", "compiled", "remote"} | {"writer", "cache"},
     {"concepts", "selfcontrol", "prefix", "latentqa"},

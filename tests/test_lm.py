@@ -31,7 +31,7 @@ def test_trees_are_judged_by_the_whole_model_not_by_the_first_layers():
     with torch.no_grad():
         plain = fresh(tt.Batch(ids), record="resid@-1").recording
     for a, b in zip(deep.rows(), plain.rows(), strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 
 
 def test_values_per_token_touch_as_many_tokens_as_there_are_values(lm):

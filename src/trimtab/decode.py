@@ -23,7 +23,6 @@ from transformers import (
 from trimtab.cache import growing
 from trimtab.chat import Batch
 from trimtab.taps import Call
-from trimtab.thin import Thin
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -105,7 +104,7 @@ class Eager:
     fixed = False
 
     def __init__(self, lm: "LM") -> None:
-        self.lm, self.thin = lm, Thin(lm.model)
+        self.lm = lm
 
     def start(self, batch: Batch, call: Call, room: int) -> Tensor:
         self.call, self.mask = call, batch.mask
@@ -129,7 +128,7 @@ class Eager:
 
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
         taps = self.lm.taps.carry(self.call, self.lm.waits)
-        with torch.no_grad(), taps, self.thin.products(ids):
+        with torch.no_grad(), taps:
             out = self.lm.forward(ids, self.mask, positions, cache=self.cache, keep=1)
         self.cache = out.past_key_values
         logits: Tensor = out.logits[:, -1].float()

@@ -6,7 +6,7 @@ nothing on the model has changed.
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from trimtab.errors import ChatError, PlaceError
 from trimtab.harvest import fits_trees, harvest
 from trimtab.merge import Edits, as_edits, merge, spread
 from trimtab.place import FOREVER, Place, Selection, Tokens
+from trimtab.products import Products
 from trimtab.recording import Recording
 from trimtab.taps import Call, Clock, Reader, Taps
 
@@ -95,6 +96,7 @@ class LM:
         self.taps: Taps = _taps(model, self.anatomy)
         self.n_layers, self.width = self.anatomy.n_layers, self.anatomy.width
         self._accepts = set(inspect.signature(self._inner().forward).parameters)
+        self.products = Products(model)
         self._trees: dict[Any, bool] = {}
         self._description: dict[str, Any] | None = None
         self._compiled: Compiled | None = None
@@ -235,7 +237,7 @@ class LM:
         for place in _places(record):
             self._add_reader(call, place, batch.prompt_len.tolist(), lengths)
         with self.taps.carry(call, self.waits):
-            out = self.forward(batch.ids, batch.mask, batch.positions)
+            out = self.forward(batch.ids, batch.mask, batch.positions, fast=False)
         return Run(out.logits, call, self)
 
     def forward(
@@ -247,14 +249,25 @@ class LM:
         cache: Any = None,
         keep: int = 0,
         use_cache: bool | None = None,
+        fast: bool = True,
     ) -> Any:
-        """The model's own forward pass with what it accepts; ``keep`` last logits (0 = all)."""
+        """The model's own forward pass with what it accepts; ``keep`` last logits (0 = all).
+
+        Without ``fast`` it is the bare model's to the bit; with it, up to rounding.
+        """
         use_cache = cache is not None if use_cache is None else use_cache
         options: dict[str, Any] = {"use_cache": use_cache, "past_key_values": cache}
         options |= {"position_ids": positions.to(self.device), "logits_to_keep": keep}
         options = {k: v for k, v in options.items() if k in self._accepts}
         mask = None if mask is None else mask.to(self.device)
-        return self.model(input_ids=ids.to(self.device), attention_mask=mask, **options)
+        with self.products.fast() if fast else nullcontext():
+            return self.model(input_ids=ids.to(self.device), attention_mask=mask, **options)
+
+    @contextmanager
+    def replay(self, call: Call) -> Iterator[None]:
+        """For the backward pass of ``forward``: what is computed again is so in the same way."""
+        with self.taps.replay(call, self.waits), self.products.fast():
+            yield
 
     def _call(self, batch: Batch, edits: Edits, lengths: Sequence[int] | None = None) -> Call:
         """A call for this batch; without ``lengths`` its rows go on growing."""

@@ -31,6 +31,7 @@ from trimtab.errors import ArtifactError, PlaceError
 from trimtab.lm import LM
 from trimtab.merge import fingerprint
 from trimtab.place import LayerSpec, Place, TokenSpec
+from trimtab.products import frozen
 
 Loss = Literal["relative", "mse"]
 LOSSES = ("relative", "mse")
@@ -255,7 +256,7 @@ class _Training:
         with torch.enable_grad():
             states, call = _states(self.lm, rows, self.recipe.edit(self.parameters))
             loss = _loss(states, wanted.to(states.device), self.recipe.loss)
-            with self.lm.taps.replay(call, self.lm.waits):
+            with self.lm.replay(call):
                 return torch.autograd.grad(loss, parameters)
 
     @torch.no_grad()
@@ -313,7 +314,7 @@ def _states(lm: LM, rows: Sequence[Encoded], edit: Edit) -> tuple[Tensor, Any]:
     lengths = batch.lengths.tolist()
     call = lm._call(batch, edit, lengths)
     reader = lm._add_reader(call, EVERYWHERE, batch.prompt_len.tolist(), lengths)
-    with lm.taps.carry(call, lm.waits):
+    with frozen(lm.model), lm.taps.carry(call, lm.waits):
         lm.forward(batch.ids, batch.mask, batch.positions, keep=1)
     layers = reader.passes[-1][1]
     return torch.stack([x.to(lm.device) for x in layers], 1), call

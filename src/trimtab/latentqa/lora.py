@@ -95,7 +95,11 @@ class Lora(nn.Module):
             if self.training and self.dropout:
                 x = nn.functional.dropout(x, self.dropout)
             low = nn.functional.linear(x, down) * self.scaling[i]
-            return output + nn.functional.linear(low, up)
+            low, up = low.to(output.dtype), up.to(output.dtype)
+            if output._base is not None or not output.is_contiguous():
+                return output + nn.functional.linear(low, up)
+            added: Tensor = _Added.apply(output, low, up)  # type: ignore[no-untyped-call]
+            return added
 
         return add
 
@@ -161,6 +165,25 @@ class Lora(nn.Module):
         made.dropout = float(config.get("lora_dropout") or 0.0)
         made.scaling = [_scaling(n, p["A"].shape[0], config) for n, p in pairs.items()]
         return made
+
+
+class _Added(torch.autograd.Function):
+    """``output += low @ up.T`` in place: neither product nor sum takes memory of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, low: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(low, up)
+        ctx.mark_dirty(output)
+        rows = output.view(-1, output.shape[-1])
+        rows.addmm_(low.reshape(-1, low.shape[-1]), up.T)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low, up = ctx.saved_tensors
+        grad = grads[0]
+        rows = grad.reshape(-1, grad.shape[-1])
+        return grad, grad @ up, rows.T @ low.reshape(-1, low.shape[-1])
 
 
 def _scaling(name: str, rank: int, config: dict[str, Any]) -> float:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.cache import growing
 from trimtab.chat import Batch
@@ -17,19 +17,6 @@ from trimtab.lm import LM
 from trimtab.taps import Call
 
 Wear = Callable[[], AbstractContextManager[None]]
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """The model's own parameters need no gradient for the passes inside."""
-    wanting = [p for p in model.parameters() if p.requires_grad]
-    for parameter in wanting:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanting:
-            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -24,11 +24,12 @@ from trimtab.harvest import head_at
 from trimtab.latentqa.data import Item, attach, read_items, read_qa, seen
 from trimtab.latentqa.dialogue import ROLE, Dialogue, Row
 from trimtab.latentqa.lora import Lora
-from trimtab.latentqa.passes import Shared, checkpointed, frozen
+from trimtab.latentqa.passes import Shared, checkpointed
 from trimtab.latentqa.sheet import lay_out, neighbours, side_by_side
 from trimtab.lm import LM
 from trimtab.merge import merge
 from trimtab.place import Place
+from trimtab.products import frozen
 from trimtab.recording import Recording
 from trimtab.taps import Call, Clock
 
@@ -351,7 +352,7 @@ class Reader:
             def losses(rows: Sequence[Row], shown: Sequence[Shown | None]) -> Any:
                 found = self.losses(rows, shown, worn=False)
                 if checkpointing and self._last is not None:
-                    stack.enter_context(self.lm.taps.replay(self._last, self.lm.waits))
+                    stack.enter_context(self.lm.replay(self._last))
                 return found
 
             yield losses

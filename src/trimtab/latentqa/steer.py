@@ -20,10 +20,10 @@ from trimtab.artifact import Meta
 from trimtab.edits import Add, Edit, LowRank, wide
 from trimtab.errors import ChatError
 from trimtab.latentqa.data import Pairs, Seen, read_qa, sentence_qa
-from trimtab.latentqa.passes import frozen
 from trimtab.latentqa.reader import Reader, Shown, record
 from trimtab.lm import LM
 from trimtab.place import LayerSpec, Place, Selection, Tokens, TokenSpec
+from trimtab.products import frozen
 from trimtab.taps import Stop
 
 Find = Literal["lora", "add"]

@@ -20,6 +20,7 @@ from trimtab.errors import PlaceError
 from trimtab.lm import LM
 from trimtab.merge import Edits, spread
 from trimtab.place import Place, Selection, Tokens
+from trimtab.products import frozen
 from trimtab.selfcontrol.judge import Judge, Judges, Tail, agreement, encoded, groups, listed
 from trimtab.taps import Reader
 
@@ -140,13 +141,13 @@ class _Pass:
         self.counts = [count(p, n) for p, n in zip(places, prompt_len, strict=True)]
         self.reader = Reader(places[0], places[0].layer_indices(lm.n_layers), selection)
         self.call.add(self.reader)
-        with lm.taps.carry(self.call, lm.waits):
+        with frozen(lm.model), lm.taps.carry(self.call, lm.waits):
             out = lm.forward(batch.ids, batch.mask, batch.positions, keep=1)
         self.logits: Tensor = out.logits[:, -1].float()
 
     def slope(self, loss: Tensor, leaf: Tensor) -> Tensor:
         """The gradient of the loss with respect to the leaf alone; no parameter gets one."""
-        with self.lm.taps.replay(self.call, self.lm.waits):
+        with self.lm.replay(self.call):
             return torch.autograd.grad(loss, leaf)[0]
 
     def lengths(self, width: int) -> Tensor:
