@@ -38,10 +38,8 @@ from trimtab.selfcontrol.search import repetition
 SEARCH: dict[str, Any] = dict(steps=3, search=4, max_new_tokens=40, batch_size=40)
 BOUNDS = Options()
 CHUNK = 20
-SAMPLE, WEIGHTS = (
-    48,
-    (0.5, 1.0, 1.5, 2.0),
-)  # learnt scenarios that a controller's weight is found on
+# Learnt scenarios that a controller's weight is found on, and the weights.
+SAMPLE, WEIGHTS = 48, (0.5, 1.0, 1.25, 1.5, 1.75, 2.0)
 # As many tries as a solution has: three iterations of four.
 TRIES = [
     (dose, tokens) for tokens in ("prompt", "all") for dose in (3e-3, 6e-3, 1e-2, 2e-2, 3e-2, 4e-2)
@@ -60,7 +58,7 @@ def main() -> None:
     parser.add_argument("--emotions", nargs="+", default=list(TOWARDS), choices=list(TOWARDS))
     parser.add_argument("--prompts", type=int, default=100, help="held-out scenarios per emotion")
     parser.add_argument(
-        "--learn", type=int, default=100, help="scenarios to learn from: its own, then others'"
+        "--learn", nargs="+", type=int, default=[100], help="scenarios to learn from, per emotion"
     )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
@@ -101,7 +99,8 @@ class Emotion:
         learnt, self.prompts = prompts(args.data, name, args.prompts)
         others = [prompts(args.data, one, args.prompts)[0] for one in TOWARDS if one != name]
         more = [prompt for row in zip(*others, strict=False) for prompt in row]
-        self.learnt = (learnt + more)[: args.learn]
+        number = args.emotions.index(name) % len(args.learn)
+        self.learnt = (learnt + more)[: args.learn[number]]  # its own first
         job = {
             "model": lm.describe()["fingerprint"],
             "dtype": str(lm.model.dtype),

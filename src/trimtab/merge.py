@@ -111,6 +111,7 @@ class Step:
     selection: Selection
     counts: Tensor | None = None  # [B], with values per token: how many tokens they are for
     gate: "Gate | None" = None
+    split: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)  # values, by layer
     ready: dict[int, tuple[Values, Tensor | None]] = field(default_factory=dict)
 
     def apply(self, x: Tensor, layer: int, mask: Tensor | None, order: Tensor | None) -> Tensor:
@@ -138,7 +139,8 @@ class Step:
         """Values [B or 1, 1 or N, D'] and acting rows [B, 1] of one layer, on the right device."""
         if layer not in self.ready:
             i, dtype = self.layers[layer], x.dtype if self.edit.narrow else wide(x.dtype)
-            values = {n: v[i].to(device=x.device, dtype=dtype) for n, v in self.values.items()}
+            self.split = self.split or {n: v.unbind() for n, v in self.values.items()}
+            values = {n: v[i].to(device=x.device, dtype=dtype) for n, v in self.split.items()}
             if self.counts is None:
                 values = {n: v[:, None] for n, v in values.items()}
             acting = self.acts[i]
@@ -153,7 +155,7 @@ class Step:
         selection, acts = self.selection.take(rows), self.acts[:, rows]
         counts = None if self.counts is None else self.counts[rows]
         made = replace(self, values=values, acts=acts, selection=selection, gate=gate)
-        return replace(made, counts=counts, ready={})
+        return replace(made, counts=counts, split={}, ready={})
 
 
 @dataclass

@@ -67,7 +67,7 @@ def _forward(self: nn.Linear, input: Tensor) -> Tensor:
     if not _plain(input, self.weight, self.bias):
         return linear(input, self.weight, self.bias)
     few = input.numel() <= FEW * input.shape[-1]
-    return _transposed(input, self.weight, self.bias) if few else _many(input, self)
+    return (_transposed if few else _many)(input, self.weight, self.bias)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -95,8 +95,10 @@ def _transposed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return made if bias is None else made + bias
 
 
-def _many(x: Tensor, module: nn.Linear) -> Tensor:
-    made: Tensor = _Product.apply(x, module.weight, module.bias)  # type: ignore[no-untyped-call]
+def _many(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return _onednn(x, weight, bias)
+    made: Tensor = _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return made
 
 

@@ -115,17 +115,20 @@ def slopes(
         tail = judge.tail(lm)
         asked = [Encoded(row.ids + tail.ids, row.prompt_len) for row in rows]
         for group in groups([len(row.ids) for row in asked], batch_size):
-            zero = torch.zeros_like(total[:, group], requires_grad=True)
+            zeros = [
+                total.new_zeros(layers, 1, counts[i], lm.width, requires_grad=True) for i in group
+            ]
             with torch.enable_grad():
                 own = [
-                    _with_zero(_of_row(edits, i), places[i], zero[:, k : k + 1, : counts[i]])
-                    for k, i in enumerate(group)
+                    _with_zero(_of_row(edits, i), places[i], zero)
+                    for i, zero in zip(group, zeros, strict=True)
                 ]
                 batch = chat.pad([asked[i] for i in group], chat.pad_id(lm.tokenizer))
                 run = _Pass(lm, batch.to(lm.device), own, [places[i] for i in group])
                 loss = _loss(judge, tail, run.logits, objective, label_smoothing)
-            total[:, group] += run.slope(loss, zero) * (judge.weight / weights)
-            lengths[:, group] = run.lengths(zero.shape[2])
+            for i, slope in zip(group, run.slopes(loss, zeros), strict=True):
+                total[:, i, : counts[i]] += slope[:, 0] * (judge.weight / weights)
+            lengths[:, group] = run.lengths(max(counts))
     return Slopes(total, lengths)
 
 
@@ -145,10 +148,10 @@ class _Pass:
             out = lm.forward(batch.ids, batch.mask, batch.positions, keep=1)
         self.logits: Tensor = out.logits[:, -1].float()
 
-    def slope(self, loss: Tensor, leaf: Tensor) -> Tensor:
-        """The gradient of the loss with respect to the leaf alone; no parameter gets one."""
+    def slopes(self, loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+        """The gradients of the loss with respect to the leaves; no parameter gets one."""
         with self.lm.replay(self.call):
-            return torch.autograd.grad(loss, leaf)[0]
+            return torch.autograd.grad(loss, leaves)
 
     def lengths(self, width: int) -> Tensor:
         """|h| [L, B, width] at the chosen tokens."""
