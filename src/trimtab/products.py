@@ -66,8 +66,12 @@ def _fits(weight: Tensor) -> bool:
 def _forward(self: nn.Linear, input: Tensor) -> Tensor:
     if not _plain(input, self.weight, self.bias):
         return linear(input, self.weight, self.bias)
-    few = input.numel() <= FEW * input.shape[-1]
-    return (_transposed if few else _many)(input, self.weight, self.bias)
+    if input.numel() <= FEW * input.shape[-1]:
+        return _transposed(input, self.weight, self.bias)
+    if not (torch.is_grad_enabled() and input.requires_grad):
+        return _onednn(input, self.weight, self.bias)
+    made: Tensor = _Product.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
+    return made
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -93,13 +97,6 @@ def _transposed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # Contiguous, as a linear map's output is: some models look at it as pairs.
     made = (weight @ rows.T).T[:few].contiguous().reshape(*x.shape[:-1], len(weight))
     return made if bias is None else made + bias
-
-
-def _many(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return _onednn(x, weight, bias)
-    made: Tensor = _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-    return made
 
 
 class _Product(torch.autograd.Function):
