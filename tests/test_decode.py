@@ -202,6 +202,40 @@ def test_models_that_look_at_pairs_of_features_are_decoded_too(name):
         assert lm.generate_ids(tt.Batch(ids), None, 8) == whole
 
 
+CACHELESS = {
+    "mamba": dict(hidden_size=32, num_hidden_layers=4, state_size=4, expand=2),
+    "openai-gpt": dict(n_embd=32, n_layer=4, n_head=4, n_positions=128),
+    "minimax": model_zoo._LLAMA
+    | dict(
+        head_dim=8,
+        num_local_experts=2,
+        block_size=16,
+        layer_types=["linear_attention", "full_attention"] * 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*CACHELESS])
+def test_a_model_without_such_a_cache_generates_too(name):
+    lm = tt.LM(model_zoo.build(name, **CACHELESS[name]))
+    assert not lm.caches
+    ids = torch.randint(3, 200, (3, 7), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole = lm.model.generate(ids, max_new_tokens=8, do_sample=False)[:, 7:].tolist()
+    assert lm.generate_ids(tt.Batch(ids), None, 8) == whole
+    direction = torch.randn(lm.width, generator=torch.Generator().manual_seed(2))
+    edits = [scale * tt.Add("resid@1 all", direction[None]) for scale in (0.0, 3.0, -3.0)]
+    found = lm.generate_ids(tt.Batch(ids), edits, 8)
+    assert found[0] == whole[0] and found != whole
+    for row, edit in enumerate(edits):
+        own = ids[row : row + 1]
+        for _ in range(8):
+            with torch.no_grad():
+                logits = lm(tt.Batch(own), edit).logits[:, -1]
+            own = torch.cat([own, logits.argmax(-1, keepdim=True)], 1)
+        assert own[0, 7:].tolist() == found[row]
+
+
 def test_quantised_weights_keep_their_own_product():
     class Packed(torch.Tensor):
         """Says float32, as quantised weights do."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from trimtab.chat import Batch
-from trimtab.decode import Eager
+from trimtab.decode import Eager, eager
 from trimtab.edits import Add
 from trimtab.merge import Step
 from trimtab.taps import Call, Clock, Key, Slots
@@ -49,7 +49,7 @@ class Compiled:
         streams that take turns) runs as without compiling.
         """
         if not (fits(call) and self.supported()) or not self.owner.acquire(blocking=False):
-            return Eager(self.lm)
+            return eager(self.lm)
         return Static(self)
 
     def supported(self) -> bool:
@@ -170,10 +170,12 @@ class Static:
 
 def runs_on_static_cache(lm: "LM") -> bool:
     """Whether a prompt and one more token give the same logits on either kind of cache."""
+    if not lm.caches:
+        return False
     ids = torch.arange(3, 9, device=lm.device)[None]
     batch = Batch(ids)
     positions = torch.arange(7, device=lm.device)[None]
-    call, eager = Call(Clock(batch.mask)), Eager(lm)
+    call, grown = Call(Clock(batch.mask)), Eager(lm)
     try:
         cache = StaticCache(config=lm.text_config, max_cache_len=LENGTHS[0])
         if any(cache.is_sliding):  # counts its columns in Python: a graph per token
@@ -184,9 +186,9 @@ def runs_on_static_cache(lm: "LM") -> bool:
             static = lm.forward(ids[:, :1], whole, positions[:, 6:], cache=cache, keep=1).logits
     except Exception:  # a model that takes no static cache says so in its own way
         return False
-    eager.start(batch, Call(Clock(batch.mask)), 1)
-    grown = eager.step(ids[0, :1])
-    return bool((static[:, -1].float() - grown).norm() < 0.05 * grown.norm())
+    grown.start(batch, Call(Clock(batch.mask)), 1)
+    plain = grown.step(ids[0, :1])
+    return bool((static[:, -1].float() - plain).norm() < 0.05 * plain.norm())
 
 
 def _cpu_options() -> dict[str, Any]:

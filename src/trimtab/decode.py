@@ -135,6 +135,36 @@ class Eager:
         return logits
 
 
+class Whole(Eager):
+    """The same for a model that takes no such cache: each pass runs the whole text again."""
+
+    def start(self, batch: Batch, call: Call, room: int) -> Tensor:
+        self.call, self.ids, self.mask = call, batch.ids, batch.mask
+        return self._again()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.ids = torch.cat([self.ids, tokens[:, None]], 1)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
+        return self._again()
+
+    def take(self, rows: Tensor) -> None:
+        self.call.take(rows)
+        rows = rows.to(self.mask.device)
+        self.ids, self.mask = self.ids[rows], self.mask[rows]
+
+    def _again(self) -> Tensor:
+        positions = (self.mask.cumsum(1) - 1).clamp_min(0)
+        with torch.no_grad(), self.lm.taps.carry(self.call, self.lm.waits):
+            out = self.lm.forward(self.ids, self.mask, positions, use_cache=False, keep=1)
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
+
+
+def eager(lm: "LM") -> Eager:
+    """The engine that runs the model as it is."""
+    return Eager(lm) if lm.caches else Whole(lm)
+
+
 @dataclass(frozen=True)
 class Column:
     """One token for each row that is still going: ``rows`` and ``tokens``, both [live]."""

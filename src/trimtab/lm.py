@@ -19,7 +19,7 @@ from trimtab.anatomy import Anatomy
 from trimtab.artifact import check_model
 from trimtab.chat import Batch, Encoded
 from trimtab.compiled import Compiled
-from trimtab.decode import Column, Eager, Engine, Sampling, columns
+from trimtab.decode import Column, Engine, Sampling, columns, eager
 from trimtab.edits import Edit, Readout
 from trimtab.errors import ChatError, PlaceError
 from trimtab.harvest import fits_trees, harvest
@@ -152,6 +152,12 @@ class LM:
             if isinstance(value := getattr(self.text_config, name, None), int) and value > 0:
                 return value
         return None
+
+    @property
+    def caches(self) -> bool:
+        """Whether the model takes a cache of keys and values; recurrent ones keep another."""
+        supports = getattr(self._inner(), "_supports_default_dynamic_cache", lambda: True)
+        return "past_key_values" in self._accepts and bool(supports())
 
     @property
     def end_ids(self) -> list[int]:
@@ -495,7 +501,7 @@ class LM:
 
     def engine(self, call: Call) -> Engine:
         """What runs the passes of a generation with this call."""
-        return Eager(self) if self._compiled is None else self._compiled.engine(call)
+        return eager(self) if self._compiled is None else self._compiled.engine(call)
 
     def compile(self, **options: Any) -> "LM":
         """Decode with a compiled graph from now on, also under edits; returns this LM.

@@ -13,6 +13,7 @@ from torch import Tensor
 from trimtab.cache import growing
 from trimtab.chat import Batch
 from trimtab.decode import Eager
+from trimtab.errors import ChatError
 from trimtab.lm import LM
 from trimtab.taps import Call
 
@@ -54,6 +55,11 @@ class Shared(Eager):
         self.wear, self.each, self.width, self.shifts = wear, each, width, shifts
 
     def start(self, batch: Batch, call: Call, room: int) -> Tensor:
+        if not self.lm.caches:
+            raise ChatError(
+                f"a reader answers on a cache of keys and values, which {type(self.lm.model)} does "
+                "not take; read another model"
+            )
         shifts = self.shifts.to(batch.ids.device)
         positions = batch.positions + shifts[:, None]
         first = torch.arange(0, len(batch), self.each)
