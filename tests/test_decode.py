@@ -250,6 +250,12 @@ def test_quantised_weights_keep_their_own_product():
     assert not products._plain(x, map_.weight, None)
 
 
+def test_a_part_of_a_larger_weight_keeps_the_usual_product():
+    whole = torch.randn(80, 24)
+    assert products._fits(whole) and products._fits(whole.T)
+    assert not products._fits(whole.T[:12]) and not products._fits(whole[:, :12])
+
+
 def test_a_bias_may_be_strided_and_a_copy_made_in_a_pass_is_a_copy():
     map_, x = torch.nn.Linear(24, 40), torch.randn(9, 24)
     map_.bias = torch.nn.Parameter(torch.randn(80)[::2])

@@ -55,11 +55,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _fits(weight: Tensor) -> bool:
-    """Whether a weight is a usual one on a CPU: neither quantised nor spread over devices."""
+    """Whether a weight is a usual one on a CPU: neither quantised nor spread over devices.
+
+    Nor a part of a larger one: for that oneDNN's routine takes seconds.
+    """
     return (
         weight.dtype == torch.float32
         and weight.device.type == "cpu"
         and type(weight) in (nn.Parameter, Tensor)
+        and (weight.is_contiguous() or weight.T.is_contiguous())
     )
 
 
