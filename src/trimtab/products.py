@@ -29,9 +29,11 @@ class Products:
     @contextmanager
     def fast(self) -> Iterator[None]:
         """For the passes inside, on a CPU; a backward pass may be run later."""
-        fits = not torch.compiler.is_compiling()  # a compiler chooses for itself
+        if torch.compiler.is_compiling():  # a compiler chooses for itself
+            yield
+            return
         # A map that somebody has wrapped already stays as it is.
-        mine = [m for m in self.maps if fits and _fits(m.weight) and "forward" not in m.__dict__]
+        mine = [m for m in self.maps if _fits(m.weight) and "forward" not in m.__dict__]
         for module in mine:
             module.__dict__["forward"] = MethodType(_forward, module)
         try:
