@@ -195,7 +195,8 @@ _HEAD = """\
 Made by `python tests/model_zoo.py > docs/architectures.md`; a test keeps it up to date. Every row
 is a tiny model of that type on which the laws of `tests/test_laws.py` hold. Where only some layers
 have a site, their number stands there. A decoder that is not here works too if its blocks are one
-list: ask `lm.sites()`.
+list: ask `lm.sites()`. Models that take no cache of keys and values (Mamba, the first GPT, MiniMax)
+generate more slowly: each token runs the whole text.
 
 """
 
