@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import textwrap
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from importlib import import_module
 
@@ -33,6 +33,7 @@ from trimtab.latentqa.reader import Shown, record
 from trimtab.place import Place
 
 steering = import_module("trimtab.latentqa.steer")
+reader_module = import_module("trimtab.latentqa.reader")
 
 QA = (("Who is it?", "A small dog."), ("Why?", "Because it is."))
 ITEMS = [
@@ -136,6 +137,37 @@ def test_an_adapters_gradients_are_those_of_matrices_that_are_added(name, bf16):
     assert abs(found["hooks"].norm() / found["plain"].norm() - 1) < (0.05 if bf16 else 1e-5)
     flipped = found["hooks"].flip(0)
     assert torch.nn.functional.cosine_similarity(flipped, found["plain"], 0) < 0.9, "control"
+
+
+@pytest.mark.parametrize("write", ["replace", "add"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "gemma2", "gptj", "opt", "olmo2", "mixtral", "qwen3_moe"]
+)
+def test_tokens_whose_mlp_is_left_out_change_nothing(name, write, monkeypatch):
+    lm = make(name)
+    reader = worn(lm, write)
+    rows, shown = reader.pairs(ITEMS)
+    shown[-1] = None  # its placeholders stay what they are
+    found, run = {}, []
+    own = reader_module.only
+    spy = lambda module, where: run.append(len(where)) or own(module, where)  # noqa: E731
+    wrong = lambda module, where: own(module, where[:-1])  # noqa: E731
+    for form in (spy, lambda *_: nullcontext(), wrong):
+        monkeypatch.setattr(reader_module, "only", form)
+        for parameter in reader.lora.parameters():
+            parameter.grad = None
+        sums, _ = reader.losses(rows, shown)
+        sums.sum().backward()
+        grads = [p.grad.flatten() for p in reader.lora.parameters() if p.grad is not None]
+        found[len(found)] = sums.detach(), torch.cat(grads)
+    few, all_, wrong_ = found.values()
+    assert torch.allclose(few[0], all_[0], rtol=1e-4)
+    assert (few[1] - all_[1]).norm() < 1e-4 * all_[1].norm()
+    assert len(run) == (2 if write == "replace" else 1) and min(run) == sum(
+        len(row.labels) for row in rows
+    )
+    if name != "opt":  # it flattens its tokens
+        assert not torch.allclose(wrong_[0], all_[0], rtol=1e-4), "control: one label too few"
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])

@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from trimtab.anatomy import first_tensor, with_first
 from trimtab.cache import growing
 from trimtab.chat import Batch
 from trimtab.decode import Eager
@@ -42,6 +43,35 @@ def _switch(model: Any, what: str, *options: Any) -> None:
         if (method := getattr(model, f"{kind}_checkpointing_{what}", None)) is not None:
             method(*options)
             return
+
+
+@contextmanager
+def only(module: nn.Module, where: Tensor) -> Iterator[None]:
+    """A module that treats each token by itself runs those at ``where`` of R * T; others get 0.
+
+    One that is given flattened tokens runs them all.
+    """
+    shapes: list[torch.Size | None] = []
+
+    def pick(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        x = args[0] if args and isinstance(args[0], Tensor) and args[0].dim() == 3 else None
+        shapes.append(None if x is None else x.shape)
+        return None if x is None else (x.flatten(0, 1)[where.to(x.device)][None], *args[1:])
+
+    def spread(module: nn.Module, args: Any, output: Any) -> Any:
+        if (shape := shapes.pop()) is None:
+            return None
+        found = first_tensor(output)
+        whole = found.new_zeros(shape[0] * shape[1], found.shape[-1])
+        whole = whole.index_copy(0, where.to(found.device), found[0])
+        return with_first(output, whole.view(*shape[:2], -1))
+
+    handles = module.register_forward_pre_hook(pick), module.register_forward_hook(spread)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Shared(Eager):

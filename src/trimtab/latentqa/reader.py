@@ -24,8 +24,8 @@ from trimtab.harvest import head_at
 from trimtab.latentqa.data import Item, attach, read_items, read_qa, seen
 from trimtab.latentqa.dialogue import ROLE, Dialogue, Row
 from trimtab.latentqa.lora import Lora
-from trimtab.latentqa.passes import Shared, checkpointed
-from trimtab.latentqa.sheet import lay_out, neighbours, side_by_side
+from trimtab.latentqa.passes import Shared, checkpointed, only
+from trimtab.latentqa.sheet import Sheet, lay_out, neighbours, side_by_side
 from trimtab.lm import LM
 from trimtab.merge import merge
 from trimtab.place import Place
@@ -326,13 +326,36 @@ class Reader:
         positions = sheet.positions + self._shifts(firsts, given)[:, None]
         self.lm._check_length(int(positions.max()) + 1)
         call = self._call(firsts, given, Batch(sheet.ids))
-        head = head_at(self.lm.model, sheet.where, sheet.ids)
-        with self.lm.taps.carry(call, self.lm.waits), head:
+        with ExitStack() as stack:
+            stack.enter_context(self.lm.taps.carry(call, self.lm.waits))
+            stack.enter_context(head_at(self.lm.model, sheet.where, sheet.ids))
+            if not call.checkpointed:  # there blocks are computed again without this
+                for layer, where in self._needed(sheet, firsts, given).items():
+                    module, side = self.lm.anatomy.taps.get(("mlp", layer), (None, ""))
+                    if module is not None and side == "out":
+                        stack.enter_context(only(module, where))
             out = self.lm.forward(sheet.ids, sheet.mask, positions, use_cache=False)
         self._last = call if call.checkpointed else None
         logits = out.logits.reshape(-1, out.logits.shape[-1])
         logits = logits.to(wide(logits.dtype))
         return nn.functional.cross_entropy(logits, sheet.labels.to(logits.device), reduction="none")
+
+    def _needed(
+        self, sheet: Sheet, rows: Sequence[Row], shown: Sequence[Shown | None]
+    ) -> dict[int, Tensor]:
+        """The tokens in R * T whose MLP matters, for the layers where those are not all.
+
+        What leaves the last block is read at the labels only, and what leaves the one that is
+        written to is replaced at the placeholders.
+        """
+        found = {}
+        if self.wiring.write == "replace":
+            kept = torch.ones(sheet.ids.shape, dtype=torch.bool)
+            for i, (row, given) in enumerate(zip(rows, shown, strict=True)):
+                if given is not None:
+                    kept[i, row.start : row.start + row.slots] = False
+            found[self.wiring.write_layer % self.lm.n_layers] = kept.flatten().nonzero()[:, 0]
+        return found | {self.lm.n_layers - 1: sheet.where}
 
     @contextmanager
     def training_pass(self, checkpointing: bool, bf16: bool) -> Iterator[Any]:
