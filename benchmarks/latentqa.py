@@ -22,6 +22,7 @@ from trimtab import latentqa
 from trimtab.latentqa.reader import Shown, record
 
 Step = Callable[[], None]
+DROPOUT = 0.05  # the paper's, in every variant of a step
 OURS, READING, PEFT, ORIGINAL = STEPS = (
     "our step",
     "our step, target read each time",
@@ -48,6 +49,7 @@ def rows_of(reader: Any, options: argparse.Namespace) -> tuple[list[Any], list[S
 
 
 def our_step(reader: Any, rows: list[Any], shown: list[Shown]) -> Step:
+    reader.lora.dropout = DROPOUT
     parameters = list(reader.lora.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
@@ -65,9 +67,13 @@ def peft_step(base: Any, rows: list[Any], rank: int) -> Step:
     """The same tokens through PEFT: all logits, labels masked."""
     import peft
 
-    model = peft.get_peft_model(
-        base, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    model: Any = peft.get_peft_model(
+        base,
+        peft.LoraConfig(
+            r=rank, lora_alpha=2 * rank, lora_dropout=DROPOUT, target_modules="all-linear"
+        ),
     )
+    model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.tensor([row.ids for row in rows])
     labels = ids.clone()

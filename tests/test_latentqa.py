@@ -34,6 +34,7 @@ from trimtab.place import Place
 
 steering = import_module("trimtab.latentqa.steer")
 reader_module = import_module("trimtab.latentqa.reader")
+lora_module = import_module("trimtab.latentqa.lora")
 
 QA = (("Who is it?", "A small dog."), ("Why?", "Because it is."))
 ITEMS = [
@@ -137,6 +138,25 @@ def test_an_adapters_gradients_are_those_of_matrices_that_are_added(name, bf16):
     assert abs(found["hooks"].norm() / found["plain"].norm() - 1) < (0.05 if bf16 else 1e-5)
     flipped = found["hooks"].flip(0)
     assert torch.nn.functional.cosine_similarity(flipped, found["plain"], 0) < 0.9, "control"
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5, 0.001, 0.9999])
+def test_dropout_keeps_the_share_that_it_says(rate):
+    torch.manual_seed(0)
+    x = torch.ones(7, 211, 333, requires_grad=True)
+    found, kept = lora_module.dropped(x, rate)
+    drawn = found.detach()
+    assert set(found.unique().tolist()) == {0.0, 1.0}
+    spread = (kept * (1 - kept) / x.numel()) ** 0.5
+    assert abs(float(drawn.mean()) - kept) < 5 * spread
+    assert abs(kept - (1 - rate)) <= 1 / 256
+    other, _ = lora_module.dropped(x, rate)
+    same = float((drawn == other).float().mean())  # two draws agree as often as chance has it
+    assert abs(same - kept**2 - (1 - kept) ** 2) < 20 * spread
+    neighbours = float((drawn[..., 1:] * drawn[..., :-1]).mean())
+    assert abs(neighbours - kept**2) < 20 * spread
+    (slope,) = torch.autograd.grad(found.sum(), x)
+    assert torch.equal(slope, found)
 
 
 @pytest.mark.parametrize("write", ["replace", "add"])
