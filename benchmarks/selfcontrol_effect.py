@@ -39,7 +39,7 @@ SEARCH: dict[str, Any] = dict(steps=3, search=4, max_new_tokens=40, batch_size=4
 BOUNDS = Options()
 CHUNK = 20
 # Learnt scenarios that a controller's weight is found on, and the weights.
-SAMPLE, WEIGHTS = 48, (0.5, 1.0, 1.25, 1.5, 1.75, 2.0)
+SAMPLE, WEIGHTS = 48, (0.5, 0.75, 1.0, 1.25, 1.5)
 # As many tries as a solution has: three iterations of four.
 TRIES = [
     (dose, tokens) for tokens in ("prompt", "all") for dose in (3e-3, 6e-3, 1e-2, 2e-2, 3e-2, 4e-2)

@@ -88,15 +88,16 @@ finally:
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_are_fast_and_need_no_torch(option):
-    seconds = []
+    seconds: dict[str, list[float]] = {}
     for _ in range(3):
-        start = time.perf_counter()
-        code = NO_TORCH.format(option)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
+        for code in ("pass", NO_TORCH.format(option)):
+            start = time.perf_counter()
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            seconds.setdefault(code, []).append(time.perf_counter() - start)
+            assert done.returncode == 0, done.stderr
     assert ("doctor" if option == "--help" else tt.__version__) in done.stdout
-    assert min(seconds) < 0.5
+    bare, ours = map(min, seconds.values())
+    assert ours < max(0.5, 12 * bare), "half a second, on a busy machine more"
 
 
 def test_python_m_trimtab_is_the_command():
