@@ -371,6 +371,38 @@ def test_the_trace_says_what_was_tried_and_only_better_answers_are_taken():
     assert {len(s.trace) for s in solutions} != {1}
 
 
+@pytest.mark.parametrize("judges", [JUDGE, [JUDGE, Judge("Kind?", direction=-1, weight=2.0)]])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_the_pass_of_the_first_gradient_reads_the_first_answers(name, judges):
+    lm, options = lm_of(name), {"search": 2, "max_new_tokens": 5}
+    one_each = solve(lm, PROMPTS[:2], judges, steps=1, **options)
+    read_apart = solve(lm, PROMPTS[:2], judges, steps=0, **options)
+    for now, apart in zip(one_each, read_apart, strict=True):
+        assert now.first.answer == apart.first.answer
+        assert now.first.score == pytest.approx(apart.first.score, abs=1e-6)
+        assert now.first.perplexity == pytest.approx(apart.first.perplexity, rel=1e-4)
+    first, second = (one.first for one in one_each)
+    assert first.score != pytest.approx(second.score, abs=1e-6)  # rows are not mixed up
+
+
+def test_one_iteration_takes_the_fewest_passes():
+    lm = lm_of()
+    lm.model.generation_config.eos_token_id = lm.tokenizer.eos_token_id = None
+    lm.text_config.eos_token_id = None  # every answer is as long as it may be
+    lm.takes_trees()
+
+    def passes(**options):
+        seen = []
+        handle = lm.anatomy.trunk.register_forward_hook(lambda *_: seen.append(1))
+        solve(lm, PROMPTS[0], JUDGE, steps=1, search=3, max_new_tokens=6, **options)
+        handle.remove()
+        return len(seen)
+
+    # The first answer, its gradient and reading, all tries in one batch, their readings.
+    assert passes() == 6 + 1 + 6 + 1
+    assert passes(branches=2) == 6 + 1 + 1 + 6 + 1  # branches are read before one is chosen
+
+
 def test_first_takes_the_smallest_step_that_is_better():
     lm = lm_of()
     solutions = solve(lm, PROMPTS, JUDGE, **LOOSE | {"accept": "first", "steps": 1, "search": 5})

@@ -196,7 +196,7 @@ def readings(
     weighted = torch.zeros(len(judges), len(rows))
     fluency = torch.full((len(rows),), math.nan)
     asked = [
-        (row.ids + tail.ids, _asked(row, tail, perplexity and number == 0))
+        (row.ids + tail.ids, wanted(row, tail, perplexity and number == 0))
         for number, tail in enumerate(tails)
         for row in rows
     ]
@@ -207,17 +207,17 @@ def readings(
             judge, tail = judges[number], tails[number]
             weighted[number, row] = judge.weight * agreement(judge, tail, part[-1:])[0]
             if perplexity and number == 0:
-                fluency[row] = _perplexity(rows[row], part[:-1])
+                fluency[row] = perplexity_of(rows[row], part[:-1])
     return Readings(weighted.sum(0) / sum(judge.weight for judge in judges), fluency)
 
 
-def _asked(row: Encoded, tail: Tail, with_answer: bool) -> list[int]:
+def wanted(row: Encoded, tail: Tail, with_answer: bool) -> list[int]:
     """Where logits are wanted: before each token of the answer, and where the judge is answered."""
     answer = range(max(row.prompt_len, 1) - 1, len(row.ids) - 1) if with_answer else ()
     return [*answer, len(row.ids) + len(tail.ids) - 1]
 
 
-def _perplexity(row: Encoded, logits: Tensor) -> float:
+def perplexity_of(row: Encoded, logits: Tensor) -> float:
     """Of one answer from the logits [n, V] before each of its tokens; infinite if it is empty."""
     answer = torch.tensor(row.ids[max(row.prompt_len, 1) :], device=logits.device)
     if not len(answer):

@@ -240,27 +240,39 @@ class _Search:
     """The parts of one iteration, for any number of prompts at once."""
 
     def __init__(self, lm: LM, judges: list[Judge], options: Options) -> None:
-        self.lm, self.judges, self.options = lm, judges, options
+        self.lm, self.judges, self.options, self.own = lm, judges, options, True
         self.tail = max(len(judge.tail(lm).ids) for judge in judges)  # also checks their words
 
     def begin(self, states: list[_State], answers: list[list[int]] | None) -> None:
-        """The first answers: given, or the best branch without an edit."""
+        """The first answers: given, or the best branch without an edit.
+
+        Where there is nothing to choose, the first gradient's pass reads them.
+        """
+        self.own = answers is None
         if answers is None:
             found = self._branches([(state, None) for state in states])
         else:
             found = [[answer] for answer in answers]
+        if all(len(own) == 1 for own in found) and self.options.steps:
+            for state, own in zip(states, found, strict=True):
+                state.answer = own[0]
+            return
         tries = self._read(states, found, [0.0] * len(states))
-        for state, answers_, own in zip(states, found, tries, strict=True):
-            best = max(range(len(own)), key=lambda i: own[i].score)
-            first = own[best]
-            state.bound = (
-                self._usual(state, own, answers is None) * self.options.max_perplexity_ratio,
-                max(min(one.repetition for one in own), self.options.max_repetition),
-            )
-            state.answer, state.score = answers_[best], first.score
-            state.perplexity = first.perplexity
-            own[best] = replace(first, accepted=True)
-            state.trace.append(Iteration(0, tuple(own)))
+        for state, answers_, own_tries in zip(states, found, tries, strict=True):
+            self._open(state, answers_, own_tries)
+
+    def _open(self, state: _State, answers: list[list[int]], tries: list[Try]) -> None:
+        """Begin with the best of the first answers, which also sets the bounds."""
+        best = max(range(len(tries)), key=lambda i: tries[i].score)
+        first = tries[best]
+        state.bound = (
+            self._usual(state, tries, self.own) * self.options.max_perplexity_ratio,
+            max(min(one.repetition for one in tries), self.options.max_repetition),
+        )
+        state.answer, state.score = answers[best], first.score
+        state.perplexity = first.perplexity
+        tries[best] = replace(first, accepted=True)
+        state.trace.append(Iteration(0, tuple(tries)))
 
     def _usual(self, state: _State, tries: list[Try], own: bool) -> float:
         """The perplexity of what the model answers by itself: of its likeliest first answer.
@@ -337,8 +349,14 @@ class _Search:
             [Add(state.place, state.delta[:, None]) for state in states],
             objective=options.objective,
             label_smoothing=options.label_smoothing,
+            perplexity=number == 1,
             batch_size=max(options.batch_size // 4, 1),
         )
+        for i, state in enumerate(states):
+            if not state.trace:  # still without an edit: so are the readings
+                score, perplexity = (float(x[i]) for x in found.readings)
+                first = self._try(state, 0.0, 0, state.answer, score, perplexity)
+                self._open(state, [state.answer], [first])
         steps, norms = [], []
         for i, state in enumerate(states):
             g = found.gradient[:, i, : state.delta.shape[1]]

@@ -5,6 +5,7 @@ zero ``Add`` at the place, so that one backward pass gives all layers. Letters: 
 N chosen prompt tokens, D width.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,11 +18,23 @@ from trimtab import chat
 from trimtab.chat import Batch, Encoded
 from trimtab.edits import Add, Edit
 from trimtab.errors import PlaceError
+from trimtab.harvest import head_at
 from trimtab.lm import LM
 from trimtab.merge import Edits, spread
 from trimtab.place import Place, Selection, Tokens
 from trimtab.products import frozen
-from trimtab.selfcontrol.judge import Judge, Judges, Tail, agreement, encoded, groups, listed
+from trimtab.selfcontrol.judge import (
+    Judge,
+    Judges,
+    Readings,
+    Tail,
+    agreement,
+    encoded,
+    groups,
+    listed,
+    perplexity_of,
+    wanted,
+)
 from trimtab.taps import Reader
 
 Objective = Literal["score", "cross_entropy"]
@@ -86,10 +99,15 @@ def shaped(gradient: Tensor, clip: float | None = None, top_k: int | None = None
 
 @dataclass(frozen=True)
 class Slopes:
-    """``gradient`` [L, B, N, D]; ``lengths`` |h| [L, B, N] beside it, both under the edits."""
+    """``gradient`` [L, B, N, D], ``lengths`` |h| [L, B, N], and ``readings`` of the answers.
+
+    All under the edits: where those do nothing, the readings are those without an edit, for which
+    no other pass is needed. Their perplexity is NaN where it was not asked for.
+    """
 
     gradient: Tensor
     lengths: Tensor
+    readings: Readings
 
 
 def slopes(
@@ -101,6 +119,7 @@ def slopes(
     *,
     objective: Objective = "score",
     label_smoothing: float = 0.0,
+    perplexity: bool = False,
     batch_size: int = 8,
 ) -> Slopes:
     """The raw gradient for rows of ids, each with a place of its own (see ``places_of``)."""
@@ -111,8 +130,9 @@ def slopes(
     total = torch.zeros(layers, len(rows), max(counts), lm.width, device=lm.device)
     lengths = total.new_zeros(total.shape[:3])
     weights = sum(judge.weight for judge in judges)
-    for judge in judges:
-        tail = judge.tail(lm)
+    score, fluency = torch.zeros(len(rows)), torch.full((len(rows),), math.nan)
+    for number, judge in enumerate(judges):
+        tail, reads = judge.tail(lm), perplexity and number == 0
         asked = [Encoded(row.ids + tail.ids, row.prompt_len) for row in rows]
         for group in groups([len(row.ids) for row in asked], batch_size):
             zeros = [
@@ -124,18 +144,34 @@ def slopes(
                     for i, zero in zip(group, zeros, strict=True)
                 ]
                 batch = chat.pad([asked[i] for i in group], chat.pad_id(lm.tokenizer))
-                run = _Pass(lm, batch.to(lm.device), own, [places[i] for i in group])
-                loss = _loss(judge, tail, run.logits, objective, label_smoothing)
+                at = [wanted(rows[i], tail, reads) for i in group]
+                run = _Pass(lm, batch.to(lm.device), own, [places[i] for i in group], at)
+                loss = _loss(judge, tail, run.last, objective, label_smoothing)
+            found = agreement(judge, tail, run.last.detach()).cpu()
+            score[group] += found * (judge.weight / weights)
+            if reads:
+                said = [perplexity_of(rows[i], x) for i, x in zip(group, run.before, strict=True)]
+                fluency[group] = torch.tensor(said)
             for i, slope in zip(group, run.slopes(loss, zeros), strict=True):
                 total[:, i, : counts[i]] += slope[:, 0] * (judge.weight / weights)
             lengths[:, group] = run.lengths(max(counts))
-    return Slopes(total, lengths)
+    return Slopes(total, lengths, Readings(score, fluency))
 
 
 class _Pass:
-    """One forward pass with edits, the head at the last position only, and what it read."""
+    """One forward pass with edits, the head at wanted positions only, and what it read.
 
-    def __init__(self, lm: LM, batch: Batch, edits: list[Edit], places: Sequence[Place]) -> None:
+    ``at``: for each row the positions after which logits are wanted, the last of them its end.
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        batch: Batch,
+        edits: list[Edit],
+        places: Sequence[Place],
+        at: Sequence[Sequence[int]],
+    ) -> None:
         lm._check_length(batch.ids.shape[1])
         self.lm, self.call = lm, lm._call(batch, edits, batch.lengths.tolist())
         prompt_len = batch.prompt_len.tolist()
@@ -144,9 +180,14 @@ class _Pass:
         self.counts = [count(p, n) for p, n in zip(places, prompt_len, strict=True)]
         self.reader = Reader(places[0], places[0].layer_indices(lm.n_layers), selection)
         self.call.add(self.reader)
-        with frozen(lm.model), lm.taps.carry(self.call, lm.waits):
-            out = lm.forward(batch.ids, batch.mask, batch.positions, keep=1)
-        self.logits: Tensor = out.logits[:, -1].float()
+        width, pads = batch.ids.shape[1], (batch.ids.shape[1] - batch.lengths).tolist()
+        index = [r * width + pads[r] + p for r, own in enumerate(at) for p in own]
+        head = head_at(lm.model, torch.tensor(index), batch.ids)
+        with frozen(lm.model), head, lm.taps.carry(self.call, lm.waits):
+            out = lm.forward(batch.ids, batch.mask, batch.positions)
+        parts = out.logits[0].float().split([len(own) for own in at])
+        self.last: Tensor = torch.stack([part[-1] for part in parts])  # [B, V]
+        self.before = [part[:-1].detach() for part in parts]  # logits [n, V] before answer tokens
 
     def slopes(self, loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
         """The gradients of the loss with respect to the leaves; no parameter gets one."""
