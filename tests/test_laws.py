@@ -1120,6 +1120,22 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, site):
             gradients(lambda run, loss: loss.backward())
 
 
+def test_a_model_in_training_reads_without_dropout():
+    lm = fresh("gpt2")
+    for module in lm.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    batch, place = answered(), "resid@all"
+    lm.model.eval()
+    wanted = lm.record(batch, place).rows()
+    lm.model.train()
+    found = lm.record(batch, place).rows()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert all(module.training for module in lm.model.modules())  # it is left as it was
+    logits = [lm(batch).logits for _ in range(2)]  # a bare pass is the model's own, dropout and all
+    assert not torch.equal(*logits)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @torch.no_grad()
 def test_a_lora_model_obeys_the_same_laws(name):

@@ -102,7 +102,7 @@ def test_words_that_begin_alike_are_refused_with_a_remedy():
     "changes, told",
     [
         ({"question": " "}, "asks a question"),
-        ({"target": "maybe"}, '"yes" or "no", not \'maybe\''),
+        ({"target": "maybe"}, "one of 'Yes', 'No', 'yes', 'no', not 'maybe'"),
         ({"direction": 0}, "1 or -1, not 0"),
         ({"temperature": 0.0}, "temperature is a number above 0"),
         ({"weight": math.nan}, "weight is a number above 0"),
@@ -135,6 +135,11 @@ def test_directions_targets_and_weights():
     both = tt.selfcontrol.score(lm, [JUDGE, second], PROMPTS, ANSWERS)
     torch.testing.assert_close(both, (plain + 3 * second.score(lm, PROMPTS, ANSWERS)) / 4)
     assert (both - plain).abs().max() > 1e-3
+
+
+def test_a_target_may_be_the_word_itself():
+    assert Judge("How do you feel?", yes="Happy", no="Sad", target="Sad").target == "no"
+    assert Judge("Happy?", target="Yes") == Judge("Happy?", target="yes")
 
 
 def test_every_built_in_judge_can_be_asked():

@@ -6,7 +6,7 @@ nothing on the model has changed.
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from trimtab.errors import ChatError, PlaceError
 from trimtab.harvest import fits_trees, harvest
 from trimtab.merge import Edits, as_edits, merge, spread
 from trimtab.place import FOREVER, Place, Selection, Tokens
-from trimtab.products import Products
+from trimtab.products import Products, settled
 from trimtab.recording import Recording
 from trimtab.taps import Call, Clock, Reader, Taps
 
@@ -259,14 +259,18 @@ class LM:
     ) -> Any:
         """The model's own forward pass with what it accepts; ``keep`` last logits (0 = all).
 
-        Without ``fast`` it is the bare model's to the bit; with it, up to rounding.
+        Without ``fast`` it is the bare model's to the bit; with it, up to rounding and without
+        dropout.
         """
         use_cache = cache is not None if use_cache is None else use_cache
         options: dict[str, Any] = {"use_cache": use_cache, "past_key_values": cache}
         options |= {"position_ids": positions.to(self.device), "logits_to_keep": keep}
         options = {k: v for k, v in options.items() if k in self._accepts}
         mask = None if mask is None else mask.to(self.device)
-        with self.products.fast() if fast else nullcontext():
+        with ExitStack() as stack:
+            if fast:
+                stack.enter_context(self.products.fast())
+                stack.enter_context(settled(self.model))
             return self.model(input_ids=ids.to(self.device), attention_mask=mask, **options)
 
     @contextmanager

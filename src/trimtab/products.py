@@ -56,6 +56,24 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def settled(model: nn.Module) -> Iterator[None]:
+    """No dropout for the passes inside, also where the model is being trained.
+
+    A model that computes its blocks again in the backward pass (gradient checkpointing) does so in
+    training alone, and stays as it is while gradients are taken.
+    """
+    again = torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False)
+    learning = [m for m in model.modules() if m.training] if model.training and not again else []
+    for module in learning:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in learning:
+            module.training = True
+
+
 def _fits(weight: Tensor) -> bool:
     """Whether a weight is a usual one on a CPU: neither quantised nor spread over devices.
 

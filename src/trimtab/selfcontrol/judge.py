@@ -70,9 +70,10 @@ class Judge:
     """A question about the answer just given, whose first word the model would say (a suffix).
 
     The score is ``sigmoid((z_target - z_other) / temperature)``, z the logits of the two words'
-    first tokens where the model would answer the question (arXiv 2406.02721). ``target`` is "yes"
-    or "no": the word that is steered towards; ``direction`` -1 steers away from it, which is the
-    same as the other target. Several judges score together by their ``weight``: the weighted mean.
+    first tokens where the model would answer the question (arXiv 2406.02721). ``target``, "yes"
+    or "no" or the word itself, is steered towards; ``direction`` -1 steers away from it, which is
+    the same as the other target. Several judges score together by their ``weight``: the weighted
+    mean.
     Raises ChatError.
 
     >>> Judge("Are you happy?").target
@@ -93,8 +94,11 @@ class Judge:
     def __post_init__(self) -> None:
         if not (isinstance(self.question, str) and self.question.strip()):
             raise ChatError(f"a judge asks a question, not {self.question!r:.60}")
-        if self.target not in ("yes", "no"):
-            raise ChatError(f'target is "yes" or "no", not {self.target!r:.60}')
+        named = {self.yes: "yes", self.no: "no", "yes": "yes", "no": "no"}
+        if self.target not in named:
+            told = ", ".join(map(repr, named))
+            raise ChatError(f"target is one of {told}, not {self.target!r:.60}")
+        object.__setattr__(self, "target", named[self.target])
         if self.direction not in (1, -1):
             raise ChatError(f"direction is 1 or -1, not {self.direction!r:.60}")
         for name in ("temperature", "weight"):
