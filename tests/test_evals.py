@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import model_zoo
 import tokenizers_zoo
 import trimtab as tt
 from trimtab.errors import ArtifactError
+from trimtab.evals.profile import contrast, slope, solved
 from trimtab.evals.scorers import scorer_identity
 from trimtab.evals.sweep import asking
 from trimtab.journal import Journal
@@ -412,6 +414,75 @@ def test_a_stopped_tuning_goes_on(lm, probe, tmp_path):
     assert (tmp_path / "b.jsonl").read_text() == (tmp_path / "a.jsonl").read_text()
     with pytest.raises(ArtifactError, match="another job"):
         tuned(lm, probe, out=tmp_path / "b.jsonl", max_ratio=1.6)
+
+
+def labelled(lm):
+    """Examples whose positive texts are vowels, as far as a byte tokenizer knows."""
+    pairs = [("ae io ua", 1.0), ("xyz trw", 0.0), ("oua eia", 1.0), ("bcd fgh", 0.0)]
+    return [tt.Example(p, text, y) for p in PROMPTS[:2] for text, y in pairs]
+
+
+def test_slopes_by_layer_are_those_of_the_loss(lm, probe):
+    """Against differences of the loss itself, computed with plain lm.score."""
+    texts = contrast(labelled(lm))
+    assert sum(w for *_, w in texts) == pytest.approx(0)
+    doses = torch.tensor([0.05, -0.02, 0.1, 0.0])
+
+    def loss(at):
+        edit = probe.edit(layers=list(probe.layers), tokens="all", dose=at)
+        scores = lm.score([e for e, *_ in texts], edits=edit)
+        return float((scores.double() * torch.tensor([w for *_, w in texts]).double()).sum())
+
+    found = slope(lm, probe, "all", texts, doses)
+    for i in range(len(doses)):
+        step = torch.zeros_like(doses)
+        step[i] = 1e-2
+        by_hand = (loss(doses + step) - loss(doses - step)) / 2e-2
+        assert float(found[i]) == pytest.approx(by_hand, rel=0.02, abs=1e-4)
+    elsewhere = slope(lm, probe, "answer[:1]", texts, doses)
+    assert not torch.allclose(found, elsewhere, rtol=0.1)  # a control: tokens matter
+
+
+def test_a_profile_is_the_best_direction_of_a_quadratic_cost():
+    random = torch.Generator().manual_seed(0)
+    half = torch.randn(4, 4, generator=random, dtype=torch.float64)
+    gain = torch.randn(4, generator=random, dtype=torch.float64)
+    cost = half @ half.T
+    damped = cost + 0.3 * cost.trace() / 4 * torch.eye(4)
+    best = torch.tensor(solved(cost, gain, 0.3), dtype=torch.float64)
+    assert best.abs().max() == pytest.approx(1)
+
+    def value(d):
+        return float(gain @ d / (d @ damped @ d).sqrt())
+
+    assert value(best) == pytest.approx(float((gain @ torch.linalg.solve(damped, gain)).sqrt()))
+    assert value(best) > value(gain) and value(best) > value(torch.ones(4).double())
+
+
+def test_tuning_by_examples_gives_layers_doses_of_their_own(lm, probe, tmp_path):
+    given = {"examples": labelled(lm), "layers": [[0]], "out": tmp_path / "a.jsonl"}
+    found = tuned(lm, probe, **given)
+    own = [s for s in found.tried if s.weights]
+    assert own and all(max(map(abs, s.weights)) == pytest.approx(1) for s in own)
+    setting = own[0]
+    made = setting.edit(probe)
+    length = torch.linalg.vector_norm(made.delta, dim=-1)
+    wanted = setting.dose * torch.tensor(setting.weights).abs()
+    assert torch.allclose(length, wanted.float(), rtol=1e-4)
+    stored = replace(probe, guidance=setting.guidance)
+    stored.save(tmp_path / "own")
+    again = tt.load(tmp_path / "own")
+    assert torch.equal(again.edit().delta, made.delta)
+    twice = again.edit(**again.guidance | {"dose": 2 * setting.dose})
+    assert torch.equal((2 * again.edit()).delta, twice.delta)
+    # What was found is kept, and goes on.
+    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "b.jsonl").write_text("".join(lines[:5]))
+    assert tuned(lm, probe, **given | {"out": tmp_path / "b.jsonl"}).best == found.best
+    with pytest.raises(ArtifactError, match="another job"):
+        tuned(lm, probe, **given | {"examples": labelled(lm)[:4]})
+    with pytest.raises(tt.ChatError, match="two labels"):
+        tuned(lm, probe, examples=[e for e in labelled(lm) if e.label])
 
 
 def test_tuning_warns_where_nothing_beats_no_edit(lm, probe):

@@ -63,8 +63,9 @@ def settled(model: nn.Module) -> Iterator[None]:
     A model that computes its blocks again in the backward pass (gradient checkpointing) does so in
     training alone, and stays as it is while gradients are taken.
     """
-    again = torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False)
-    learning = [m for m in model.modules() if m.training] if model.training and not again else []
+    learning = [m for m in model.modules() if m.training] if model.training else []
+    if torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", 0) for m in learning):
+        learning = []
     for module in learning:
         module.training = False
     try:

@@ -106,6 +106,13 @@ def tune(
     probe: Annotated[Path, typer.Argument(help="A saved probe (trimtab fit).")],
     prompts: PromptsOption,
     judge: JudgeOption,
+    examples: Annotated[
+        str | None,
+        typer.Option(
+            help="Examples of the concept (a built-in set or a file): with them each layer may get "
+            "a dose of its own."
+        ),
+    ] = None,
     budget: Annotated[int, typer.Option(help="Generated tokens in all.")] = 40_000,
     max_ratio: Annotated[
         float, typer.Option(help="How much the perplexity of plain answers may rise.")
@@ -138,6 +145,7 @@ def tune(
         loaded,
         listed,
         scorer_of(judge, lm, judge_model, endpoint),
+        examples=None if examples is None else tt.data.read(examples),
         budget=budget,
         max_ratio=max_ratio,
         max_new_tokens=max_new_tokens,
@@ -254,7 +262,8 @@ def _print_settings(
     for setting in rows:
         facts = asdict(setting)
         told = (f"{facts[k]:.3g}" for k in ("dose", "effect", "ratio"))
-        table.add_row(_span(setting.layers), setting.tokens, *told, shown.get(id(setting), ""))
+        layers = _span(setting.layers) + (", each its own" if setting.weights else "")
+        table.add_row(layers, setting.tokens, *told, shown.get(id(setting), ""))
     OUT.print(table)
     OUT.print(Text(f"Without an edit the effect is {baseline:.3g}.", style="dim"))
 

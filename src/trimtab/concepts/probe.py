@@ -96,6 +96,7 @@ class Probe:
         keep_norm: bool | None = None,
         dose: float | Sequence[float] | Tensor | None = None,
         tokens: TokenSpec | None = None,
+        weights: Sequence[float] | None = None,
     ) -> Add:
         """The edit that adds ``scale`` (16) times the unit direction at each chosen layer.
 
@@ -103,10 +104,11 @@ class Probe:
         over between layers and models. Either is one number or one per layer; a negative one steers
         away. ``tokens="answer"`` is the paper's ``only_last``. ``layers``: given, else the
         ``top_layers`` (16) with the best accuracy on the training rows. ``keep_norm`` (yes):
-        x' = |x| (x + a w) / |x + a w|, the paper's form. ``tokens``: all. A tuned probe asked for
-        nothing of this steers by its ``guidance``.
+        x' = |x| (x + a w) / |x + a w|, the paper's form. ``tokens``: all. ``weights``: the share of
+        the strength that each layer gets (all of it). A tuned probe asked for nothing of this
+        steers by its ``guidance``.
         """
-        asked = (scale, layers, top_layers, keep_norm, dose, tokens)
+        asked = (scale, layers, top_layers, keep_norm, dose, tokens, weights)
         if self.guidance is not None and all(one is None for one in asked):
             return self.edit(**self.guidance)
         if dose is not None and scale is not None:
@@ -118,11 +120,14 @@ class Probe:
         direction = direction / length.clamp_min(1e-30)
         scale = 16.0 if scale is None else scale
         strength = torch.as_tensor(scale if dose is None else dose, dtype=torch.float32)
-        if strength.dim() and strength.shape != (len(chosen),):
-            raise PlaceError(
-                f"{list(strength.shape)} strengths for {len(chosen)} layers; give one number, or "
-                "one per layer"
-            )
+        share = torch.as_tensor(1.0 if weights is None else weights, dtype=torch.float32)
+        for what, given in (("strengths", strength), ("weights", share)):
+            if given.dim() and given.shape != (len(chosen),):
+                raise PlaceError(
+                    f"{list(given.shape)} {what} for {len(chosen)} layers; give one number, or "
+                    "one per layer"
+                )
+        strength = strength * share
         delta = strength.reshape(-1, 1) * direction
         place = self.place.at(
             layers=chosen, tokens="all" if tokens is None else tokens, before=False
@@ -239,11 +244,15 @@ def read_probe(parts: Parts) -> Probe:
 
 
 def _guidance(found: Any) -> dict[str, Any] | None:
-    """The arguments of ``edit`` that an artifact holds: layers, tokens and a dose."""
+    """The arguments of ``edit`` that an artifact holds: layers, tokens, a dose, maybe weights."""
     if found is None:
         return None
     wanted = {"layers": list, "tokens": str, "dose": int | float}
-    fits = isinstance(found, dict) and set(found) == set(wanted)
+    fits = isinstance(found, dict) and set(found) - {"weights"} == set(wanted)
+    if fits and "weights" in found:
+        own = found["weights"]
+        fits = isinstance(own, list) and len(own) == len(found["layers"])
+        fits = fits and all(isinstance(w, int | float) for w in own)
     if not fits or not all(isinstance(found[k], kind) for k, kind in wanted.items()):
         raise ArtifactError(f"this probe's guidance is {found!r:.80}; tune it again")
     return dict(found)

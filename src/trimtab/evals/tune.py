@@ -3,7 +3,8 @@
 Knows probes, the model and scorers. A *setting* is layers, tokens and a dose. First every choice of
 layers and tokens gets the largest dose that the bound on perplexity allows, by scoring references
 alone (no text is generated); then settings are compared by generating under them, the better ones
-on more and more prompts (successive halving, Jamieson & Talwalkar 2016, arXiv 1502.07943).
+on more and more prompts (successive halving, Jamieson & Talwalkar 2016, arXiv 1502.07943). With
+examples of the concept some settings spread the dose over the layers by slopes (``profile``).
 """
 
 import math
@@ -16,7 +17,8 @@ from typing import Any
 
 from trimtab.concepts import Probe
 from trimtab.edits import Add
-from trimtab.evals.scorers import Scorer, score, scorer_identity
+from trimtab.evals.profile import DAMPING, profiles
+from trimtab.evals.scorers import Scorer, prompt_text, score, scorer_identity
 from trimtab.evals.sweep import (
     MAX_RATIO,
     Pieces,
@@ -48,6 +50,7 @@ class Setting:
 
     ``effect``: the judge's mean over ``judged`` prompts; ``ratio``: the perplexity of the
     references, in that without an edit; ``repetition``: the share of repeated three-word runs.
+    ``weights``: the share of the dose that each layer gets (empty: all alike).
     """
 
     layers: tuple[int, ...]
@@ -57,16 +60,18 @@ class Setting:
     ratio: float = math.nan
     repetition: float = math.nan
     judged: int = 0
+    weights: tuple[float, ...] = ()
 
     @property
     def guidance(self) -> dict[str, Any]:
         """The arguments of ``probe.edit`` that make it so."""
-        return {"layers": list(self.layers), "tokens": self.tokens, "dose": self.dose}
+        own = {"weights": list(self.weights)} if self.weights else {}
+        return {"layers": list(self.layers), "tokens": self.tokens, "dose": self.dose, **own}
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What tells settings apart, whatever was measured of them."""
-        return self.layers, self.tokens, self.dose
+        return self.layers, self.tokens, self.dose, self.weights
 
     def edit(self, probe: Probe) -> Add | None:
         """The probe's edit at this setting; None for a dose of 0."""
@@ -101,6 +106,7 @@ def tune(
     scorer: Scorer,
     reference: Sequence[Any] | None = None,
     *,
+    examples: Sequence[Any] | None = None,
     budget: int = 40_000,
     max_ratio: float = MAX_RATIO,
     max_new_tokens: int = 40,
@@ -114,8 +120,11 @@ def tune(
 
     ``budget``: generated tokens in all. ``max_ratio``: how much the mean perplexity of the
     references (as for ``sweep``) may rise. ``layers``: the choices to try, by default windows over
-    the depth and the layers with the best training accuracy, the paper's 16 among them. ``out``: a
-    file that keeps finished batches, so that the same call goes on after a crash.
+    the depth and the layers with the best training accuracy, the paper's 16 among them.
+    ``examples``: labelled ones of the concept, such as the probe learnt from; with them some
+    choices give each layer a dose of its own, as the examples' likelihood and the references'
+    perplexity suggest. ``out``: a file that keeps finished batches, so that the same call goes on
+    after a crash.
 
     ``tuned.probe.edit()`` without numbers is the edit that was chosen, also after saving. Raises
     ValueError for a budget that does not reach every setting twice, and where no dose fits; warns
@@ -125,10 +134,11 @@ def tune(
         raise ValueError(f"max_ratio is above 1, the perplexity without an edit; not {max_ratio}")
     asked, tokens = prompts_of(prompts), [tokens] if isinstance(tokens, str) else list(tokens)
     windows = _windows(probe) if layers is None else [_layers_of(probe, w) for w in layers]
-    starts = [Setting(w, t, 0.12 / len(w) ** 0.75) for w in windows for t in tokens]
-    if budget < (least := max_new_tokens * (len(asked) + 2 * len(starts))):
+    starts = [Setting(w, t, _dose(w)) for w in windows for t in tokens]
+    count = len(starts) + (0 if examples is None else len(DAMPING) * len(tokens))
+    if budget < (least := max_new_tokens * (len(asked) + 2 * count)):
         raise ValueError(
-            f"a budget of {budget} tokens is too small for {len(asked)} prompts, {len(starts)} "
+            f"a budget of {budget} tokens is too small for {len(asked)} prompts, {count} "
             f"settings and {max_new_tokens} tokens an answer; give at least {least}, fewer layers "
             "or shorter answers"
         )
@@ -137,10 +147,17 @@ def tune(
     job |= {"probe": fingerprint(probe.edit(layers=list(probe.layers)))}
     job |= {"scorer": scorer_identity(scorer), "texts": [asked, pairs], "layers": windows}
     job |= {"tokens": list(tokens), "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    if examples is not None:
+        job |= {"examples": [[prompt_text(e.prompt), e.completion, e.label] for e in examples]}
     with Journal(out, job) as journal:
         pieces = Pieces(journal, batch_size, show_progress)
         search = _Search(lm, probe, asked, scorer, pieces, max_new_tokens, max_ratio)
-        return search.run(starts, pairs, budget)
+        return search.run(starts, pairs, budget, examples)
+
+
+def _dose(layers: tuple[int, ...]) -> float:
+    """Where the search for the largest dose of so many layers begins."""
+    return 0.12 / math.sqrt(len(layers) * math.sqrt(len(layers)))
 
 
 def _layers_of(probe: Probe, spec: Any) -> tuple[int, ...]:
@@ -180,12 +197,21 @@ class _Search:
         """Generated tokens, at most."""
         return len(self.answers) * self.max_new_tokens
 
-    def run(self, starts: list[Setting], pairs: Pairs | None, budget: int) -> Tuned:
+    def run(
+        self,
+        starts: list[Setting],
+        pairs: Pairs | None,
+        budget: int,
+        examples: Sequence[Any] | None = None,
+    ) -> Tuned:
         everything = range(len(self.prompts))
         (baseline,) = self._judge("no edit", [NOTHING], everything)
         if pairs is None:
             plain = [self.answers[(*NOTHING.key, i)] for i in everything]
             pairs = own_references(self.prompts, plain)
+        if examples is not None:
+            every = dict.fromkeys(s.tokens for s in starts)
+            starts = starts + self._profiled(examples, pairs, every)
         limits = self._limits(starts, pairs[:: -(-len(pairs) // FEW)])
         steps = self._halve(limits, baseline, budget, pairs)
         best, *others = steps[-1]
@@ -205,6 +231,17 @@ class _Search:
             baseline.effect,
             self.spent,
         )
+
+    def _profiled(
+        self, examples: Sequence[Any], pairs: Pairs, tokens: Iterable[str]
+    ) -> list[Setting]:
+        """All layers, each with its own share of the dose."""
+        layers = self.probe.layers
+        return [
+            Setting(layers, each, _dose(layers), weights=weights)
+            for each in tokens
+            for weights in profiles(self.lm, self.probe, each, examples, pairs, self.pieces)
+        ]
 
     def _limits(self, settings: list[Setting], pairs: Pairs) -> list[Setting]:
         """Each setting at the largest dose that was seen to keep within the bound."""
