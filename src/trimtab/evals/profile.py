@@ -4,8 +4,9 @@ What steering is for, and what it costs, are both losses that can be differentia
 the dose of each layer: how much likelier a concept's texts become than their opposites (a slope
 g), and how fast the perplexity of ordinary answers rises (a curvature H, for at dose 0 it is about
 least). For small doses d the most of g.d at a given d.H.d is at d = H^-1 g, up to its length.
-Layers share much of their direction, so that H is nearly singular; it is damped. Knows the model
-and probes; generates no text. Letters: L layers.
+Neighbouring layers share much of their direction, so they share a dose, in a dozen groups at most;
+H is nearly singular all the same, and damped. Knows the model and probes; generates no text.
+Letters: L layers, G groups.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from trimtab.evals.sweep import Pieces, Row
 from trimtab.lm import LM
 from trimtab.products import frozen
 
+GROUPS = 12
 DAMPING = (0.3, 1.0, 3.0)  # in mean eigenvalues of H: one profile for each
 SMALL = 0.02  # the dose at which the curvature is measured
 CONTRASTED = 24  # examples of each kind
@@ -45,26 +47,29 @@ def profiles(
     texts = contrast(examples)
     every = -(-len(pairs) // READ)
     plain: Weighted = [(p, a, -1.0 / len(pairs[::every])) for p, a in pairs[::every]]
-    layers = len(probe.layers)
+    layers = torch.arange(len(probe.layers))
+    count = min(GROUPS, len(layers))
+    member = (layers * count // len(layers) == torch.arange(count)[:, None]).float()  # [G, L]
 
     def found(rows: list[Row]) -> list[list[float]]:
         made = []
-        for _, number in rows:  # -2: the concept; -1: the perplexity; then at a dose in each layer
-            doses = torch.zeros(layers)
-            if number >= 0:
-                doses[number] = SMALL
-            made.append(slope(lm, probe, tokens, texts if number == -2 else plain, doses).tolist())
+        for _, number in rows:  # -2: the concept; -1: the perplexity; then at a dose in each group
+            doses = SMALL * member[number] if number >= 0 else torch.zeros(len(layers))
+            some = texts if number == -2 else plain
+            made.append((member @ slope(lm, probe, tokens, some, doses)).tolist())
         return made
 
-    rows = [(0, number) for number in range(-2, layers)]
+    rows = [(0, number) for number in range(-2, count)]
     one_by_one = Pieces(pieces.journal, 1, pieces.show_progress)
-    slopes = one_by_one.work(f"slopes of each layer, {tokens}", rows, found)
+    slopes = one_by_one.work(f"slopes by layer, {tokens}", rows, found)
     gain, cost, *moved = (torch.tensor(slopes[row], dtype=torch.float64) for row in rows)
-    return [solved((torch.stack(moved) - cost) / SMALL, gain, damping) for damping in DAMPING]
+    curvature = (torch.stack(moved) - cost) / SMALL
+    made = (solved(curvature, gain, damping) for damping in DAMPING)
+    return [tuple((torch.tensor(own) @ member).tolist()) for own in made]
 
 
 def solved(curvature: Tensor, gain: Tensor, damping: float) -> tuple[float, ...]:
-    """(H + damping)^-1 g, its largest number 1 or -1: ``curvature`` [L, L], ``gain`` [L]."""
+    """(H + damping)^-1 g, its largest number 1 or -1: ``curvature`` [G, G], ``gain`` [G]."""
     values, vectors = torch.linalg.eigh((curvature + curvature.T) / 2)
     values = values.clamp_min(0)  # what the finite step left below it
     inverse = 1 / (values + damping * values.mean().clamp_min(1e-12))
