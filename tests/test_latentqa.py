@@ -343,6 +343,34 @@ def test_what_can_be_asked_about():
         reader.ask("Hello", [])
 
 
+def test_dicts_are_items_or_messages():
+    lm = make()
+    reader = worn(lm)
+    ask = {"questions": ["Who?"], "max_new_tokens": 4}
+    dicts = [{"label": "b", "system": "Be a fox.", "stimulus_user": "What is it?"}]
+    dicts.append({"control_user": "Tell me a story about a ship."})
+    both = reader.ask([Item(**d) for d in dicts], **ask)
+    assert both[0] != both[1]  # what is asked about does matter
+    assert reader.ask(dicts, **ask) == reader.ask(iter(dicts), **ask) == both
+    assert reader.ask(dicts[0], **ask) == both[0]
+    assert reader.ask([dicts[1], "Hello"], **ask) == [both[1], reader.ask("Hello", **ask)]
+    turn = {"role": "user", "content": "Hello"}
+    assert reader.ask([turn], **ask) == reader.ask("Hello", **ask)  # a list is a conversation
+    with pytest.raises(ChatError) as theirs:
+        lm.generate(turn)
+    with pytest.raises(ChatError) as ours:
+        reader.ask(turn, **ask)
+    assert str(ours.value) == str(theirs.value)
+    for wrong, told in (
+        ([], "nothing to ask about"),
+        ({"prompt": "Hello"}, "has the turns none"),
+        ([turn, dicts[0]], "message 1 is"),
+        ([dicts[0], turn], "a prompt is text or a list of messages"),
+    ):
+        with pytest.raises(ChatError, match=told):
+            reader.ask(wrong, **ask)
+
+
 def test_evidence_and_choice():
     reader = worn(make())
     (told,) = reader.ask("Hello there", ["Who?"], max_new_tokens=4, evidence=True)
@@ -414,6 +442,36 @@ def test_training_lowers_the_loss_and_spares_the_model():
     assert len(losses) == 10 and losses[-1] < 0.7 * losses[0]
     assert all(torch.equal(p, before[n]) for n, p in lm.model.state_dict().items())
     assert reader.meta.made_by["steps"] == 10
+
+
+def test_a_trained_reader_knows_its_questions():
+    lm = make()
+    bare = [{"label": label, "control_user": f"Tell me of {label}."} for label in "abc"]
+    qa = {"a": [list(pair) for pair in QA], "b": [["Who is it?", "A large fox."]]}
+    reader = train(lm, bare, qa, steps=1, **OPTIONS)
+    assert torch.equal(reader.loss(bare), reader.loss(bare, qa))
+    with pytest.raises(ChatError, match="give qa="):
+        reader.loss(bare[2:])
+    own = Item("a", control_user="Tell me of a.", qa=QA[:1])  # items with questions keep to them
+    assert torch.equal(reader.loss([own]), reader.loss([own], {}))
+    assert not torch.equal(reader.loss([own]), reader.loss([own], qa))
+    assert evaluate(reader, bare, views=["real"]).labels == ("a", "a", "b")
+
+
+def test_layers_count_from_the_top_or_are_refused():
+    lm = make()
+    options = OPTIONS | {"read_layer": -2}
+    reader = train(lm, ITEMS, steps=1, write_layer=-3, **options)
+    assert (reader.wiring.read_layers, reader.wiring.write_layer) == (
+        (lm.n_layers - 2,),
+        lm.n_layers - 3,
+    )
+    lora = Lora.of(lm, rank=2)
+    for wiring in ({"read_layers": (45,)}, {"read_layers": (2,), "write_layer": 45}):
+        with pytest.raises(PlaceError, match="asks for layer 45"):
+            Reader(lm, lora, Wiring(**wiring))
+    with pytest.raises(PlaceError, match="asks for layer 45"):
+        train(lm, ITEMS, steps=1, write_layer=45, **OPTIONS)
 
 
 @pytest.mark.slow

@@ -106,7 +106,9 @@ def seen(tokenizer: Any, item: Item | Sequence[Mapping[str, str]] | str, hidden:
     if isinstance(item, Item):
         messages, hidden = item.messages, item.hidden
     else:
-        messages = [{"role": "user", "content": item}] if isinstance(item, str) else list(item)  # type: ignore[arg-type]
+        messages = chat._messages(
+            [{"role": "user", "content": item}] if isinstance(item, str) else item
+        )
     if not 0 <= hidden < len(messages):
         raise ChatError(f"{hidden} of {len(messages)} messages are hidden; leave one to be shown")
     system = None

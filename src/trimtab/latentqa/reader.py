@@ -5,9 +5,9 @@ adapter; what is read is written into its residual stream at placeholder tokens.
 token ids and passes; knows nothing of how it was trained.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,12 +21,12 @@ from trimtab.decode import Column, Sampling, columns
 from trimtab.edits import Add, Edit, Replace, wide
 from trimtab.errors import ArtifactError, ChatError, PlaceError
 from trimtab.harvest import head_at
-from trimtab.latentqa.data import Item, attach, read_items, read_qa, seen
+from trimtab.latentqa.data import Item, Pairs, attach, read_items, read_qa, seen
 from trimtab.latentqa.dialogue import ROLE, Dialogue, Row
 from trimtab.latentqa.lora import Lora
 from trimtab.latentqa.passes import Shared, checkpointed, only
 from trimtab.latentqa.sheet import Sheet, lay_out, neighbours, side_by_side
-from trimtab.lm import LM
+from trimtab.lm import LM, listed_prompts
 from trimtab.merge import merge
 from trimtab.place import Place
 from trimtab.products import frozen
@@ -68,12 +68,19 @@ class Wiring:
         if self.last is not None and self.last < 1:
             raise ValueError(f"last is 1 or more, or None for all, not {self.last!r}")
 
+    def within(self, n_layers: int) -> "Wiring":
+        """The same with layers counted from 0; raises PlaceError for one that is not there."""
+        read = Place("resid", self.read_layers).layer_indices(n_layers)
+        (write,) = Place("resid", self.write_layer).layer_indices(n_layers)
+        return replace(self, read_layers=read, write_layer=write)
+
 
 @dataclass(eq=False)
 class Reader:
     """Asks a model's activations in plain language: ``reader.ask(prompt, ["Is it honest?"])``.
 
     ``Reader.load(path, lm)`` reads what ``train`` wrote, and PEFT folders of published decoders.
+    ``qa`` is the table that it was trained with, as long as it is in memory: it is not saved.
     After each call the model is as it was before.
     """
 
@@ -81,8 +88,10 @@ class Reader:
     lora: Lora
     wiring: Wiring
     meta: Meta = field(default_factory=Meta)
+    qa: Mapping[str, Pairs] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.wiring = self.wiring.within(self.lm.n_layers)
         for layer in (*self.wiring.read_layers, self.wiring.write_layer):
             self.lm.anatomy.tap("resid", layer)
         self.dialogue = Dialogue(self.lm.tokenizer, self.wiring.role, ends=self.lm.end_ids)
@@ -114,6 +123,8 @@ class Reader:
             turns = prompt[0]
             turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else list(turns)
             prompt = [*turns, {"role": "assistant", "content": prompt[1]}]
+        if _is_item(prompt):
+            (prompt,) = read_items(prompt)
         found = seen(self.lm.tokenizer, prompt)
         self.lm._check_length(len(found.ids))
         return found
@@ -122,10 +133,8 @@ class Reader:
         """What to show for whatever was given, and whether it was a single one."""
         if isinstance(target, Recording):
             return self._recorded(target, layer), len(target) == 1
-        single = isinstance(target, str | Item | tuple) or (
-            isinstance(target, list) and bool(target) and isinstance(target[0], dict)
-        )
-        return self.show([target] if single else list(target), layer), single
+        listed, single = _listed(target)
+        return self.show(listed, layer), single
 
     def _recorded(self, recording: Recording, layer: int | None) -> list[Shown]:
         layers = recording.layers
@@ -157,10 +166,10 @@ class Reader:
     ) -> Any:
         """Answers to questions about a prompt's activations: a list in the order of the questions.
 
-        ``target``: a prompt, a (prompt, answer) pair, a dialogue, an Item, a Recording, or a list
-        of these, which gives a list of lists. All questions about all targets run as one batch (at
-        most ``batch_size`` rows) on the KV cache, and what the questions about one target share is
-        computed once. ``evidence=True`` gives ``Evidence`` instead of text.
+        ``target``: a prompt, a (prompt, answer) pair, a dialogue, an Item or its dict, a Recording,
+        or a list of these, which gives a list of lists. All questions about all targets run as one
+        batch (at most ``batch_size`` rows) on the KV cache, and what the questions about one target
+        share is computed once. ``evidence=True`` gives ``Evidence`` instead of text.
         """
         asked = [questions] if isinstance(questions, str) else list(questions)
         if not asked or not all(isinstance(q, str) and q for q in asked):
@@ -266,11 +275,25 @@ class Reader:
     def loss(self, items: Any, qa: Any = None, *, view: View = "real") -> Tensor:
         """The mean cross entropy of the answers' tokens, in the caller's gradient mode.
 
-        ``items`` as for ``train``; their QA are their own and those of their label in ``qa``.
+        ``items`` as for ``train``; what is asked about them is said in ``asked_of``.
         """
         rows, shown = self.pairs(items, qa, view)
         values, counts = self.losses(rows, shown)
         return values.sum() / counts.sum()
+
+    def asked_of(self, items: Any, qa: Any = None) -> list[Item]:
+        """Items with what is asked about them: their own questions, and their label's in ``qa``.
+
+        Without ``qa``, items that have no question get those that the reader was trained with.
+        Items that are left without one are left out. Raises ChatError if all are.
+        """
+        listed = read_items(items)
+        if qa is None:
+            listed = [i if i.qa else replace(i, qa=self.qa.get(i.label, ())) for i in listed]
+        asked = attach(listed, None if qa is None else read_qa(qa))
+        if not asked:
+            raise ChatError("none of the items has a question: give qa= with their labels")
+        return asked
 
     def pairs(
         self, items: Any, qa: Any = None, view: View = "real", shown: Sequence[Shown] | None = None
@@ -281,9 +304,7 @@ class Reader:
         nothing written; "text", the whole dialogue to be read in their place; "words", only the
         part of it whose activations are shown. ``shown``: activations that are there already.
         """
-        listed = attach(read_items(items), None if qa is None else read_qa(qa))
-        if not listed:
-            raise ChatError("none of the items has a question: give qa= with their labels")
+        listed = self.asked_of(items, qa)
         if view in ("text", "words"):
             seen_ = [_text_of(item, item.hidden if view == "words" else 0) for item in listed]
             rows = [
@@ -354,7 +375,7 @@ class Reader:
             for i, (row, given) in enumerate(zip(rows, shown, strict=True)):
                 if given is not None:
                     kept[i, row.start : row.start + row.slots] = False
-            found[self.wiring.write_layer % self.lm.n_layers] = kept.flatten().nonzero()[:, 0]
+            found[self.wiring.write_layer] = kept.flatten().nonzero()[:, 0]
         return found | {self.lm.n_layers - 1: sheet.where}
 
     @contextmanager
@@ -539,6 +560,23 @@ class _Options:
     sampling: Sampling
     room: int
     batch_size: int
+
+
+def _is_item(target: Any) -> bool:
+    """Whether this is an Item as a dict; a dict with a role is a message."""
+    return isinstance(target, Mapping) and "role" not in target
+
+
+def _listed(target: Any) -> tuple[list[Any], bool]:
+    """What is asked about as a list, and whether there was a single one."""
+    if isinstance(target, Item | tuple) or _is_item(target):
+        return [target], True
+    listed, single = listed_prompts(target)
+    if not listed:
+        raise ChatError("there is nothing to ask about: give a prompt, a dialogue or an Item")
+    if single and isinstance(listed[0], list) and _is_item(listed[0][0]):
+        return listed[0], False
+    return listed, single
 
 
 def _text_of(item: Item, hidden: int) -> str:

@@ -141,15 +141,16 @@ def train(
     )
     layers = range(lm.n_layers) if read_layer == "sampled" else read_layer
     chosen = Place("resid", layers).layer_indices(lm.n_layers)
-    wiring = Wiring(chosen, write_layer % lm.n_layers, write, last, align, role)
+    wiring = Wiring(chosen, write_layer, write, last, align, role)
     lora = Lora.of(lm, rank, alpha, seed=seed)
     lora.dropout = dropout
-    listed = data.attach(data.read_items(items), None if qa is None else data.read_qa(qa))
+    table = None if qa is None else data.read_qa(qa)
+    listed = data.attach(data.read_items(items), table)
     if not listed:
         raise ArtifactError("none of the items has a question; does qa= have their labels?")
     train_items, aside = data.split(listed, held_out, seed) if held_out else (listed, [])
     made_by = {"method": "latentqa", "items": len(train_items), **asdict(plan)}
-    reader = Reader(lm, lora, wiring, Meta(name, lm.describe(), made_by))
+    reader = Reader(lm, lora, wiring, Meta(name, lm.describe(), made_by), table or {})
     run = _Run(reader, plan, train_items, aside[:evaluate_items], out, World.join())
     show_progress = show_progress and run.world.rank == 0
     with run.world.guarded(run.progress), run.world.sharded(lm, shard):
