@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 import trimtab as tt
 from model_zoo import tiny
 from tokenizers_zoo import byte_tokenizer
+from trimtab import artifact
 from trimtab.errors import ArtifactError, ChatError, PlaceError, TrimtabError
 from trimtab.latentqa import (
     Item,
@@ -399,6 +400,39 @@ def test_a_saved_reader_answers_the_same(tmp_path):
     assert torch.equal(tt.load(tmp_path / "r").on(lm).loss(ITEMS), reader.loss(ITEMS))
     with pytest.raises(ArtifactError, match="another model"):
         Reader.load(tmp_path / "r", make(seed=1))
+
+
+@pytest.mark.parametrize("form", ["artifact", "peft"])
+def test_a_loaded_reader_is_wired_as_it_is_told(form, tmp_path):
+    lm = make()
+    reader, path = worn(lm, "add", last=3), tmp_path / "r"
+    if form == "peft":
+        reader.lora.save(path)
+    else:
+        reader.save(path, dtype=torch.float32)
+        assert Reader.load(path, lm).wiring == reader.wiring  # control
+    told = {"read_layer": -3, "write_layer": 1, "write": "replace", "last": None, "align": False}
+    loaded = Reader.load(path, lm, **told)
+    assert loaded.wiring == Wiring((lm.n_layers - 3,), 1, "replace", None, False)
+    other = Reader(lm, reader.lora, loaded.wiring)
+    assert torch.equal(loaded.loss(ITEMS), other.loss(ITEMS))
+    assert not torch.equal(loaded.loss(ITEMS), reader.loss(ITEMS))
+    with pytest.raises(TypeError, match="takes no nonsense; it takes read_layer, write_layer"):
+        Reader.load(path, lm, read_layer=1, nonsense=1)
+    with pytest.raises(PlaceError, match="asks for layer 45"):
+        Reader.load(path, lm, read_layer=45)
+
+
+def test_what_is_no_reader_is_named(tmp_path):
+    lm = make()
+    tt.Add("resid@1", torch.ones(1, lm.width)).save(tmp_path / "e")
+    saved = artifact.read(tmp_path / "e")
+    artifact.save(tmp_path / "p", replace(saved, kind="probe"))
+    for name, kind in (("e", "edit"), ("p", "probe")):
+        with pytest.raises(ArtifactError, match=f"'{kind}', and only a 'reader' .*train-reader"):
+            Reader.load(tmp_path / name, lm)
+    with pytest.raises(ArtifactError, match="no artifact at"):
+        Reader.load(tmp_path / "nothing", lm)
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ from trimtab.taps import Call, Clock
 
 Write = Literal["replace", "add"]
 View = Literal["real", "shuffled", "none", "text", "words"]
+_WIRED = ("write_layer", "write", "last", "align", "role")  # beside the layers that are read
 
 
 class Shown(NamedTuple):
@@ -488,9 +489,7 @@ class Reader:
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write the reader as an artifact folder; its matrices in ``dtype``."""
         w = self.wiring
-        extra = {
-            name: getattr(w, name) for name in ("write_layer", "write", "last", "align", "role")
-        }
+        extra = {name: getattr(w, name) for name in _WIRED}
         extra |= {"read_layers": list(w.read_layers), "lora": self.lora.config()}
         tensors = {n: t.to(dtype) for n, t in self.lora.tensors().items()}
         place = str(Place("resid", w.read_layers))
@@ -501,17 +500,20 @@ class Reader:
         """Read a reader for this model: an artifact folder, or a published decoder's PEFT folder.
 
         A PEFT folder does not say how it was wired: give ``read_layer=`` (default 15), and
-        ``write_layer``, ``write``, ``role`` where they are not the paper's. Raises ArtifactError.
+        ``write_layer``, ``write``, ``last``, ``align``, ``role`` where they are not the paper's.
+        For an artifact these take the place of what it was trained with. Raises ArtifactError.
         """
-        folder = artifact.user_path(path)
+        folder, given = artifact.user_path(path), _given_wiring(lm, wiring)
         if (folder / "adapter_config.json").is_file():
-            layers = (int(wiring.pop("read_layer", 15)),)
             lora = Lora.read(folder).to(lm.device)
-            return Reader(lm, lora, Wiring(layers, **wiring)).checked()
-        saved = artifact.load_artifact(folder)
-        if not isinstance(saved, SavedReader):
-            raise ArtifactError(f"{folder} holds a {type(saved).__name__}, not a reader")
-        return saved.on(lm)
+            return Reader(lm, lora, Wiring(**({"read_layers": (15,)} | given))).checked()
+        if (kind := artifact.read_header(folder)["kind"]) != "reader":
+            raise ArtifactError(
+                f"{folder} is of kind {kind!r}, and only a 'reader' can be asked; give a folder "
+                "that latentqa.train or trimtab train-reader wrote"
+            )
+        saved: SavedReader = artifact.load_artifact(folder)
+        return replace(saved, wiring=replace(saved.wiring, **given)).on(lm)
 
     def checked(self) -> "Reader":
         """This reader, if its adapter fits the model; raises ArtifactError."""
@@ -614,10 +616,22 @@ def record(
     return lm.record(batch, place, **({"show_progress": False} | options))
 
 
+def _given_wiring(lm: LM, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a Wiring that these keywords of ``Reader.load`` name."""
+    if unknown := sorted(set(given) - {"read_layer", *_WIRED}):
+        raise TypeError(
+            f"Reader.load takes no {', '.join(unknown)}; it takes read_layer, {', '.join(_WIRED)}"
+        )
+    found = {name: given[name] for name in _WIRED if name in given}
+    if "read_layer" in given:
+        place = Place("resid", given["read_layer"])
+        found["read_layers"] = place.layer_indices(lm.n_layers)
+    return found
+
+
 def _load(parts: Parts) -> SavedReader:
     extra = parts.extra
-    names = ("write_layer", "write", "last", "align", "role")
-    wiring = Wiring(tuple(extra["read_layers"]), **{name: extra[name] for name in names})
+    wiring = Wiring(tuple(extra["read_layers"]), **{name: extra[name] for name in _WIRED})
     return SavedReader(Lora.built(parts.tensors, extra["lora"]), wiring, parts.meta)
 
 
