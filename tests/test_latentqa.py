@@ -1,5 +1,6 @@
 """Reading, training and steering with a decoder: exact against independent computations."""
 
+import json
 import os
 import socket
 import subprocess
@@ -544,9 +545,49 @@ def test_a_stopped_run_goes_on_exactly(tmp_path):
     assert seen[:3] + rest == whole and len(rest) == 3
     assert torch.equal(again.loss(ITEMS), reader.loss(ITEMS))
     assert (tmp_path / "r" / "artifact.json").is_file()
-    log = (tmp_path / "r-training" / "log.jsonl").read_text().splitlines()
-    assert len(log) == 7  # the fourth step, which was lost, stands twice
+    assert logged(tmp_path / "r") == [1, 2, 3, 4, 5, 6]  # the fourth, which was lost, stands once
     assert not (tmp_path / "r-training" / "checkpoint.json").exists()
+    curve(lm, out=tmp_path / "r", **(options | {"steps": 2}))
+    assert logged(tmp_path / "r") == [1, 2]  # a new run, a new log
+
+
+def logged(out):
+    """The steps that stand in the log of a run."""
+    lines = out.with_name(f"{out.name}-training").joinpath("log.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"alpha": 1}, "lora_alpha 32 there, 1 now"),
+        ({"dropout": 0.5}, r"lora_dropout 0\.0 there, 0\.5 now"),
+        ({"rank": 8}, "r 4 there, 8 now"),
+        ({"items": [*ITEMS[:2], replace(ITEMS[2], control_user="No")]}, "items '2 of hash .* now"),
+        ({"items": ITEMS[::-1], "harvest": False}, "items '2 of hash .* now"),
+        ({"qa": {"c": [["Who is it?", "A hen."]]}}, "'2 of hash .* now"),
+        ({"held_out": 0.0}, "held out '1 of hash .* there, '0 of hash .* now"),
+    ],
+)
+def test_a_checkpoint_goes_on_under_its_own_job_only(changed, told, tmp_path):
+    lm, out = make(), tmp_path / "r"
+    qa = {"c": [["Who is it?", "A dog."]]}
+    job = {"items": ITEMS, "qa": qa, "held_out": 0.3, "dropout": 0.0}
+    job |= OPTIONS | {"steps": 3, "save_every": 1, "out": out}
+
+    def stop(facts):
+        if facts["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(lm, **job, tracker=stop)
+    message = f"another run \\(.*{told}.*delete the folder to begin anew, or choose another out="
+    with pytest.raises(ArtifactError, match=message):
+        train(lm, **(job | changed))
+    assert logged(out) == [1, 2, 3]  # a run that is refused leaves it as it was
+    seen = []
+    train(lm, **job, tracker=seen.append)
+    assert [facts["step"] for facts in seen] == [3]  # control: the same job does go on
 
 
 @pytest.mark.slow
@@ -589,6 +630,35 @@ def test_unknown_wishes_are_refused():
         train(lm, [Item("a", control_user="x")], {"b": [["Q", "A"]]}, **OPTIONS)
     with pytest.raises(PlaceError, match="layer 15"):
         train(lm, ITEMS, **(OPTIONS | {"read_layer": 15}))
+    for name in ("steps", "batch_size", "accumulate"):
+        with pytest.raises(ValueError, match=f"{name} is 1 or more, not 0"):
+            train(lm, ITEMS, **OPTIONS, **{name: 0})
+    with pytest.raises(ValueError, match="epochs is more than 0, not -1"):
+        train(lm, ITEMS, **OPTIONS, epochs=-1)
+    for items, share in ((ITEMS, 0.0), (ITEMS[:1], 0.3)):
+        with pytest.raises(ValueError, match="evaluate_every=1 needs labels .* give held_out="):
+            train(lm, items, **OPTIONS, evaluate_every=1, held_out=share, steps=1)
+
+
+def test_a_small_share_of_few_labels_is_evaluated():
+    seen = []
+    train(make(), ITEMS, **OPTIONS, held_out=0.1, evaluate_every=1, steps=2, tracker=seen.append)
+    assert all("held_out_real" in facts for facts in seen) and len(seen) == 2
+
+
+def test_where_a_result_cannot_be_saved_no_work_begins(tmp_path, monkeypatch):
+    lm, theirs = make(), tmp_path / "theirs"
+    reader = worn(lm)
+    theirs.mkdir()
+    with monkeypatch.context() as m:
+        m.setattr(lm, "forward", lambda *a, **k: pytest.fail("a pass was run"))
+        with pytest.raises(ArtifactError, match="not an artifact; choose another name"):
+            train(lm, ITEMS, **OPTIONS, steps=1, out=theirs)
+        with pytest.raises(ArtifactError, match="not an artifact; choose another name"):
+            steer(lm, reader, "be a fox", ["Hello"], out=theirs, show_progress=False)
+    assert not list(theirs.iterdir()) and not theirs.with_name("theirs-training").exists()
+    for _ in range(2):  # control: a reader is replaced by another
+        train(lm, ITEMS, **OPTIONS, steps=1, out=tmp_path / "ours")
 
 
 @pytest.mark.slow
