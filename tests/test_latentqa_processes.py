@@ -146,7 +146,8 @@ def test_a_killed_rank_ends_the_run_which_goes_on_exactly(victim, options, sourc
     second = trained(sources, out, *options)
     state, deadline = Path(f"{out}-training/checkpoint.json"), time.monotonic() + WHEN_LOST
     while not state.exists():
-        assert second.poll() is None and time.monotonic() < deadline
+        assert second.poll() is None, ended(second)
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(rank_of(second.pid, victim), signal.SIGKILL)
     told = " ".join(ended(second).split())
