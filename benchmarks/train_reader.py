@@ -102,7 +102,7 @@ def learn(lm: tt.LM, items: list[Item], options: argparse.Namespace, view: str, 
         seed=options.seed,
         view=view,  # type: ignore[arg-type]
         held_out=options.held_out,
-        evaluate_every=options.evaluate_every,
+        evaluate_every=options.evaluate_every if options.held_out else None,
         out=out,
         save_every=50,
         tracker="jsonl",

@@ -1,5 +1,6 @@
 """Reading, training and steering with a decoder: exact against independent computations."""
 
+import json
 import os
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from torch.nn.functional import cross_entropy
 import trimtab as tt
 from model_zoo import tiny
 from tokenizers_zoo import byte_tokenizer
+from trimtab import artifact
 from trimtab.errors import ArtifactError, ChatError, PlaceError, TrimtabError
 from trimtab.latentqa import (
     Item,
@@ -343,6 +345,34 @@ def test_what_can_be_asked_about():
         reader.ask("Hello", [])
 
 
+def test_dicts_are_items_or_messages():
+    lm = make()
+    reader = worn(lm)
+    ask = {"questions": ["Who?"], "max_new_tokens": 4}
+    dicts = [{"label": "b", "system": "Be a fox.", "stimulus_user": "What is it?"}]
+    dicts.append({"control_user": "Tell me a story about a ship."})
+    both = reader.ask([Item(**d) for d in dicts], **ask)
+    assert both[0] != both[1]  # what is asked about does matter
+    assert reader.ask(dicts, **ask) == reader.ask(iter(dicts), **ask) == both
+    assert reader.ask(dicts[0], **ask) == both[0]
+    assert reader.ask([dicts[1], "Hello"], **ask) == [both[1], reader.ask("Hello", **ask)]
+    turn = {"role": "user", "content": "Hello"}
+    assert reader.ask([turn], **ask) == reader.ask("Hello", **ask)  # a list is a conversation
+    with pytest.raises(ChatError) as theirs:
+        lm.generate(turn)
+    with pytest.raises(ChatError) as ours:
+        reader.ask(turn, **ask)
+    assert str(ours.value) == str(theirs.value)
+    for wrong, told in (
+        ([], "nothing to ask about"),
+        ({"prompt": "Hello"}, "has the turns none"),
+        ([turn, dicts[0]], "message 1 is"),
+        ([dicts[0], turn], "a prompt is text or a list of messages"),
+    ):
+        with pytest.raises(ChatError, match=told):
+            reader.ask(wrong, **ask)
+
+
 def test_evidence_and_choice():
     reader = worn(make())
     (told,) = reader.ask("Hello there", ["Who?"], max_new_tokens=4, evidence=True)
@@ -371,6 +401,39 @@ def test_a_saved_reader_answers_the_same(tmp_path):
     assert torch.equal(tt.load(tmp_path / "r").on(lm).loss(ITEMS), reader.loss(ITEMS))
     with pytest.raises(ArtifactError, match="another model"):
         Reader.load(tmp_path / "r", make(seed=1))
+
+
+@pytest.mark.parametrize("form", ["artifact", "peft"])
+def test_a_loaded_reader_is_wired_as_it_is_told(form, tmp_path):
+    lm = make()
+    reader, path = worn(lm, "add", last=3), tmp_path / "r"
+    if form == "peft":
+        reader.lora.save(path)
+    else:
+        reader.save(path, dtype=torch.float32)
+        assert Reader.load(path, lm).wiring == reader.wiring  # control
+    told = {"read_layer": -3, "write_layer": 1, "write": "replace", "last": None, "align": False}
+    loaded = Reader.load(path, lm, **told)
+    assert loaded.wiring == Wiring((lm.n_layers - 3,), 1, "replace", None, False)
+    other = Reader(lm, reader.lora, loaded.wiring)
+    assert torch.equal(loaded.loss(ITEMS), other.loss(ITEMS))
+    assert not torch.equal(loaded.loss(ITEMS), reader.loss(ITEMS))
+    with pytest.raises(TypeError, match="takes no nonsense; it takes read_layer, write_layer"):
+        Reader.load(path, lm, read_layer=1, nonsense=1)
+    with pytest.raises(PlaceError, match="asks for layer 45"):
+        Reader.load(path, lm, read_layer=45)
+
+
+def test_what_is_no_reader_is_named(tmp_path):
+    lm = make()
+    tt.Add("resid@1", torch.ones(1, lm.width)).save(tmp_path / "e")
+    saved = artifact.read(tmp_path / "e")
+    artifact.save(tmp_path / "p", replace(saved, kind="probe"))
+    for name, kind in (("e", "edit"), ("p", "probe")):
+        with pytest.raises(ArtifactError, match=f"'{kind}', and only a 'reader' .*train-reader"):
+            Reader.load(tmp_path / name, lm)
+    with pytest.raises(ArtifactError, match="no artifact at"):
+        Reader.load(tmp_path / "nothing", lm)
 
 
 @pytest.mark.slow
@@ -416,6 +479,36 @@ def test_training_lowers_the_loss_and_spares_the_model():
     assert reader.meta.made_by["steps"] == 10
 
 
+def test_a_trained_reader_knows_its_questions():
+    lm = make()
+    bare = [{"label": label, "control_user": f"Tell me of {label}."} for label in "abc"]
+    qa = {"a": [list(pair) for pair in QA], "b": [["Who is it?", "A large fox."]]}
+    reader = train(lm, bare, qa, steps=1, **OPTIONS)
+    assert torch.equal(reader.loss(bare), reader.loss(bare, qa))
+    with pytest.raises(ChatError, match="give qa="):
+        reader.loss(bare[2:])
+    own = Item("a", control_user="Tell me of a.", qa=QA[:1])  # items with questions keep to them
+    assert torch.equal(reader.loss([own]), reader.loss([own], {}))
+    assert not torch.equal(reader.loss([own]), reader.loss([own], qa))
+    assert evaluate(reader, bare, views=["real"]).labels == ("a", "a", "b")
+
+
+def test_layers_count_from_the_top_or_are_refused():
+    lm = make()
+    options = OPTIONS | {"read_layer": -2}
+    reader = train(lm, ITEMS, steps=1, write_layer=-3, **options)
+    assert (reader.wiring.read_layers, reader.wiring.write_layer) == (
+        (lm.n_layers - 2,),
+        lm.n_layers - 3,
+    )
+    lora = Lora.of(lm, rank=2)
+    for wiring in ({"read_layers": (45,)}, {"read_layers": (2,), "write_layer": 45}):
+        with pytest.raises(PlaceError, match="asks for layer 45"):
+            Reader(lm, lora, Wiring(**wiring))
+    with pytest.raises(PlaceError, match="asks for layer 45"):
+        train(lm, ITEMS, steps=1, write_layer=45, **OPTIONS)
+
+
 @pytest.mark.slow
 def test_ways_to_the_same_curve():
     lm = make()
@@ -452,9 +545,49 @@ def test_a_stopped_run_goes_on_exactly(tmp_path):
     assert seen[:3] + rest == whole and len(rest) == 3
     assert torch.equal(again.loss(ITEMS), reader.loss(ITEMS))
     assert (tmp_path / "r" / "artifact.json").is_file()
-    log = (tmp_path / "r-training" / "log.jsonl").read_text().splitlines()
-    assert len(log) == 7  # the fourth step, which was lost, stands twice
+    assert logged(tmp_path / "r") == [1, 2, 3, 4, 5, 6]  # the fourth, which was lost, stands once
     assert not (tmp_path / "r-training" / "checkpoint.json").exists()
+    curve(lm, out=tmp_path / "r", **(options | {"steps": 2}))
+    assert logged(tmp_path / "r") == [1, 2]  # a new run, a new log
+
+
+def logged(out):
+    """The steps that stand in the log of a run."""
+    lines = out.with_name(f"{out.name}-training").joinpath("log.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"alpha": 1}, "lora_alpha 32 there, 1 now"),
+        ({"dropout": 0.5}, r"lora_dropout 0\.0 there, 0\.5 now"),
+        ({"rank": 8}, "r 4 there, 8 now"),
+        ({"items": [*ITEMS[:2], replace(ITEMS[2], control_user="No")]}, "items '2 of hash .* now"),
+        ({"items": ITEMS[::-1], "harvest": False}, "items '2 of hash .* now"),
+        ({"qa": {"c": [["Who is it?", "A hen."]]}}, "'2 of hash .* now"),
+        ({"held_out": 0.0}, "held out '1 of hash .* there, '0 of hash .* now"),
+    ],
+)
+def test_a_checkpoint_goes_on_under_its_own_job_only(changed, told, tmp_path):
+    lm, out = make(), tmp_path / "r"
+    qa = {"c": [["Who is it?", "A dog."]]}
+    job = {"items": ITEMS, "qa": qa, "held_out": 0.3, "dropout": 0.0}
+    job |= OPTIONS | {"steps": 3, "save_every": 1, "out": out}
+
+    def stop(facts):
+        if facts["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(lm, **job, tracker=stop)
+    message = f"another run \\(.*{told}.*delete the folder to begin anew, or choose another out="
+    with pytest.raises(ArtifactError, match=message):
+        train(lm, **(job | changed))
+    assert logged(out) == [1, 2, 3]  # a run that is refused leaves it as it was
+    seen = []
+    train(lm, **job, tracker=seen.append)
+    assert [facts["step"] for facts in seen] == [3]  # control: the same job does go on
 
 
 @pytest.mark.slow
@@ -497,6 +630,35 @@ def test_unknown_wishes_are_refused():
         train(lm, [Item("a", control_user="x")], {"b": [["Q", "A"]]}, **OPTIONS)
     with pytest.raises(PlaceError, match="layer 15"):
         train(lm, ITEMS, **(OPTIONS | {"read_layer": 15}))
+    for name in ("steps", "batch_size", "accumulate"):
+        with pytest.raises(ValueError, match=f"{name} is 1 or more, not 0"):
+            train(lm, ITEMS, **OPTIONS, **{name: 0})
+    with pytest.raises(ValueError, match="epochs is more than 0, not -1"):
+        train(lm, ITEMS, **OPTIONS, epochs=-1)
+    for items, share in ((ITEMS, 0.0), (ITEMS[:1], 0.3)):
+        with pytest.raises(ValueError, match="evaluate_every=1 needs labels .* give held_out="):
+            train(lm, items, **OPTIONS, evaluate_every=1, held_out=share, steps=1)
+
+
+def test_a_small_share_of_few_labels_is_evaluated():
+    seen = []
+    train(make(), ITEMS, **OPTIONS, held_out=0.1, evaluate_every=1, steps=2, tracker=seen.append)
+    assert all("held_out_real" in facts for facts in seen) and len(seen) == 2
+
+
+def test_where_a_result_cannot_be_saved_no_work_begins(tmp_path, monkeypatch):
+    lm, theirs = make(), tmp_path / "theirs"
+    reader = worn(lm)
+    theirs.mkdir()
+    with monkeypatch.context() as m:
+        m.setattr(lm, "forward", lambda *a, **k: pytest.fail("a pass was run"))
+        with pytest.raises(ArtifactError, match="not an artifact; choose another name"):
+            train(lm, ITEMS, **OPTIONS, steps=1, out=theirs)
+        with pytest.raises(ArtifactError, match="not an artifact; choose another name"):
+            steer(lm, reader, "be a fox", ["Hello"], out=theirs, show_progress=False)
+    assert not list(theirs.iterdir()) and not theirs.with_name("theirs-training").exists()
+    for _ in range(2):  # control: a reader is replaced by another
+        train(lm, ITEMS, **OPTIONS, steps=1, out=tmp_path / "ours")
 
 
 @pytest.mark.slow

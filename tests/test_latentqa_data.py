@@ -162,6 +162,17 @@ def test_items_and_questions_from_files(tmp_path):
     assert [i.label for i in attach(read_items(tmp_path / "i.json"), table)] == ["a"]
 
 
+def test_lines_with_the_same_label_add_up(tmp_path):
+    lines = [{"label": "a", "qa": [["Q", "A"]]}, {"label": "b", "qa": [["Q", "B"]]}]
+    lines.append({"label": "a", "qa": [["R", "C"]]})
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert read_qa(tmp_path / "q.jsonl") == {"a": (("Q", "A"), ("R", "C")), "b": (("Q", "B"),)}
+    for line in ({"qa": [["Q", "A"]]}, [["Q", "A"]]):
+        (tmp_path / "q.jsonl").write_text(json.dumps(line))
+        with pytest.raises(ArtifactError, match="line without a label, .*'Q'.*a line is"):
+            read_qa(tmp_path / "q.jsonl")
+
+
 @pytest.mark.parametrize(
     ("row", "told"),
     [
@@ -188,6 +199,16 @@ def test_no_label_is_on_both_sides_of_a_split():
     assert {i.label for i in kept}.isdisjoint(i.label for i in aside)
     assert len(kept) + len(aside) == 40 and len({i.label for i in aside}) == 2
     assert split(items, 0.3, seed=1) == (kept, aside)
+
+
+@pytest.mark.parametrize(("labels", "share", "held"), [(8, 0.05, 1), (2, 0.9, 1), (8, 0.3, 2)])
+def test_both_sides_of_a_split_have_a_label(labels, share, held):
+    items = [Item(f"l{i % labels}", control_user=str(i)) for i in range(16)]
+    kept, aside = split(items, share)
+    assert len({i.label for i in aside}) == held and len({i.label for i in kept}) == labels - held
+    assert split(items, 0.0) == (items, [])  # control
+    alone = items[:1]
+    assert split(alone, share) == (alone, [])
 
 
 def test_questions_made_by_templates():

@@ -123,11 +123,15 @@ def rank_of(parent, rank):
     raise AssertionError(f"torchrun has no process of rank {rank}")
 
 
+def logged(out):
+    """The lines of a run's log, which say when as well, so that no two runs have the same."""
+    return Path(f"{out}-training/log.jsonl").read_text().splitlines()
+
+
 def losses(out):
-    """The loss of each step; of a step that was done twice, the later one."""
-    lines = Path(f"{out}-training/log.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return {row["step"]: row["loss"] for row in rows}, [row["step"] for row in rows]
+    """The loss of each step, in their order."""
+    rows = [json.loads(line) for line in logged(out)]
+    return [(row["step"], row["loss"]) for row in rows]
 
 
 @pytest.mark.slow
@@ -142,7 +146,8 @@ def test_a_killed_rank_ends_the_run_which_goes_on_exactly(victim, options, sourc
     second = trained(sources, out, *options)
     state, deadline = Path(f"{out}-training/checkpoint.json"), time.monotonic() + WHEN_LOST
     while not state.exists():
-        assert second.poll() is None and time.monotonic() < deadline
+        assert second.poll() is None, ended(second)
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(rank_of(second.pid, victim), signal.SIGKILL)
     told = " ".join(ended(second).split())
@@ -153,12 +158,12 @@ def test_a_killed_rank_ends_the_run_which_goes_on_exactly(victim, options, sourc
 
     kept = json.loads(state.read_text())["step"]
     assert kept % 5 == 0 and (state.parent / f"checkpoint-{kept}.safetensors").is_file()
-    before = len(losses(out)[1])
+    before = logged(out)[:kept]
     third = trained(sources, out, *options)
     told = ended(third)
     assert third.returncode == 0, told
-    assert losses(out)[1][before:] == list(range(kept + 1, 41))  # it did go on, not begin anew
-    assert losses(out)[0] == losses(whole)[0]
+    assert logged(out)[:kept] == before  # it did go on, not begin anew
+    assert losses(out) == losses(whole) and len(losses(out)) == 40
     ours, theirs = (load_file(folder / "tensors.safetensors") for folder in (out, whole))
     assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
     assert not list(state.parent.glob("*checkpoint*"))

@@ -85,8 +85,7 @@ def save(path: str | Path, parts: Parts) -> None:
     Raises ArtifactError where something else stands there, or where it cannot be written.
     """
     target = user_path(path)
-    if os.path.lexists(target) and not (target / JSON_NAME).is_file():
-        raise ArtifactError(f"{target} exists and is not an artifact; choose another name")
+    check_free(target)
     made: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +99,13 @@ def save(path: str | Path, parts: Parts) -> None:
     finally:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
+
+
+def check_free(path: str | Path) -> None:
+    """Raise ArtifactError where something stands that ``save`` would not replace."""
+    target = user_path(path)
+    if os.path.lexists(target) and not (target / JSON_NAME).is_file():
+        raise ArtifactError(f"{target} exists and is not an artifact; choose another name")
 
 
 def _write(folder: Path, parts: Parts) -> None:

@@ -106,7 +106,9 @@ def seen(tokenizer: Any, item: Item | Sequence[Mapping[str, str]] | str, hidden:
     if isinstance(item, Item):
         messages, hidden = item.messages, item.hidden
     else:
-        messages = [{"role": "user", "content": item}] if isinstance(item, str) else list(item)  # type: ignore[arg-type]
+        messages = chat._messages(
+            [{"role": "user", "content": item}] if isinstance(item, str) else item
+        )
     if not 0 <= hidden < len(messages):
         raise ChatError(f"{hidden} of {len(messages)} messages are hidden; leave one to be shown")
     system = None
@@ -147,13 +149,13 @@ def write_items(items: Iterable[Item], path: str | Path) -> None:
 def read_qa(source: Any) -> dict[str, Pairs]:
     """Questions and answers by label, from a .json or .jsonl file or a mapping.
 
-    A line of JSONL is {"label": ..., "qa": [[question, answer], ...]}. A control file
-    ({prompt: [[question, answer], ...]}) has the same form.
+    A line of JSONL is {"label": ..., "qa": [[question, answer], ...]}; lines with the same label
+    add up. A control file ({prompt: [[question, answer], ...]}) has the form of the mapping.
     """
     if isinstance(source, str | Path):
         file = user_path(source)
         if file.suffix == ".jsonl":
-            return {str(row.get("label")): _pairs(row.get("qa")) for row in _rows(file)}
+            return _by_label(file)
         source = _json(file)
     if not isinstance(source, Mapping):
         raise ArtifactError(
@@ -172,12 +174,16 @@ def attach(items: Iterable[Item], qa: Mapping[str, Pairs] | None) -> list[Item]:
 def split(
     items: Sequence[Item], held_out: float = 0.1, seed: int = 0
 ) -> tuple[list[Item], list[Item]]:
-    """Items for training and items with labels that are never trained on."""
+    """Items for training and items with labels that are never trained on.
+
+    Of two labels or more, at least one is on either side, unless ``held_out`` is 0.
+    """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out is a fraction in [0, 1), not {held_out!r}")
     labels = sorted({item.label for item in items})
     random.Random(seed).shuffle(labels)
-    aside = set(labels[: round(held_out * len(labels))])
+    count = max(1, round(held_out * len(labels))) if held_out else 0
+    aside = set(labels[: min(count, max(0, len(labels) - 1))])
     kept = [item for item in items if item.label not in aside]
     return kept, [item for item in items if item.label in aside]
 
@@ -299,6 +305,19 @@ def sentence_qa(sentence: str) -> Pairs:
 
 
 # -- files -----------------------------------------------------------------------------------------
+
+
+def _by_label(file: Path) -> dict[str, Pairs]:
+    table: dict[str, Pairs] = {}
+    for row in _rows(file):
+        if not isinstance(row, Mapping) or row.get("label") is None:
+            raise ArtifactError(
+                f"{file} has a line without a label, {row!r:.60}; a line is "
+                '{"label": ..., "qa": [[question, answer], ...]}'
+            )
+        label = str(row["label"])
+        table[label] = table.get(label, ()) + _pairs(row.get("qa"))
+    return table
 
 
 def _item(row: Any) -> Item:

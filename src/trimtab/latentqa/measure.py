@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from trimtab.errors import ChatError
-from trimtab.latentqa.data import Item, attach, read_items, read_qa
+from trimtab.latentqa.data import Item
 from trimtab.latentqa.dialogue import Row
 from trimtab.latentqa.reader import Reader, Shown, View, shuffled
 
@@ -100,7 +100,7 @@ def evaluate(
 
     ``worn=False`` measures reading without training: the plain model instead of the decoder.
     """
-    listed = _with_questions(items, qa)
+    listed = reader.asked_of(items, qa)
     shown = reader.show(listed) if {"real", "none", "shuffled"} & set(views) else None
     sums: dict[str, Tensor] = {}
     counts = torch.zeros(0)
@@ -134,7 +134,7 @@ def choices(
     The other answers are those of other labels to questions of the same number, of the same kind
     ("persona-...", "goal-...") where there are enough.
     """
-    listed = _with_questions(items, qa)
+    listed = reader.asked_of(items, qa)
     if len({item.label for item in listed}) < options:
         raise ChatError(f"{options} options need as many labels, not {len(listed)}")
     shown: Sequence[Shown | None] = [None] * len(listed)
@@ -170,7 +170,7 @@ def linear_choices(
     tokens; the option whose embedding points the most in the predicted direction is taken.
     ``penalty`` is a share of the activations' mean variance.
     """
-    taught, asked = _with_questions(train, qa), _with_questions(test, qa)
+    taught, asked = reader.asked_of(train, qa), reader.asked_of(test, qa)
     x, y = _pooled(reader, taught), _embedded(reader, [i.qa[0][1] for i in taught])
     x_mean, y_mean = x.mean(0), y.mean(0)
     x, y = x - x_mean, y - y_mean
@@ -226,13 +226,6 @@ def _others(
     alike = {k: v for k, v in pool.items() if k.split("-")[0] == kind}
     chosen = alike if len(alike) >= count else pool
     return drawn.sample(list(chosen.values()), count)
-
-
-def _with_questions(items: Any, qa: Any) -> list[Item]:
-    listed = attach(read_items(items), None if qa is None else read_qa(qa))
-    if not listed:
-        raise ChatError("none of the items has a question: give qa= with their labels")
-    return listed
 
 
 def _proportion(right: Sequence[float]) -> Interval:

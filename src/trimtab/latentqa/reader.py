@@ -5,9 +5,9 @@ adapter; what is read is written into its residual stream at placeholder tokens.
 token ids and passes; knows nothing of how it was trained.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,12 +21,12 @@ from trimtab.decode import Column, Sampling, columns
 from trimtab.edits import Add, Edit, Replace, wide
 from trimtab.errors import ArtifactError, ChatError, PlaceError
 from trimtab.harvest import head_at
-from trimtab.latentqa.data import Item, attach, read_items, read_qa, seen
+from trimtab.latentqa.data import Item, Pairs, attach, read_items, read_qa, seen
 from trimtab.latentqa.dialogue import ROLE, Dialogue, Row
 from trimtab.latentqa.lora import Lora
 from trimtab.latentqa.passes import Shared, checkpointed, only
 from trimtab.latentqa.sheet import Sheet, lay_out, neighbours, side_by_side
-from trimtab.lm import LM
+from trimtab.lm import LM, listed_prompts
 from trimtab.merge import merge
 from trimtab.place import Place
 from trimtab.products import frozen
@@ -35,6 +35,7 @@ from trimtab.taps import Call, Clock
 
 Write = Literal["replace", "add"]
 View = Literal["real", "shuffled", "none", "text", "words"]
+_WIRED = ("write_layer", "write", "last", "align", "role")  # beside the layers that are read
 
 
 class Shown(NamedTuple):
@@ -68,12 +69,19 @@ class Wiring:
         if self.last is not None and self.last < 1:
             raise ValueError(f"last is 1 or more, or None for all, not {self.last!r}")
 
+    def within(self, n_layers: int) -> "Wiring":
+        """The same with layers counted from 0; raises PlaceError for one that is not there."""
+        read = Place("resid", self.read_layers).layer_indices(n_layers)
+        (write,) = Place("resid", self.write_layer).layer_indices(n_layers)
+        return replace(self, read_layers=read, write_layer=write)
+
 
 @dataclass(eq=False)
 class Reader:
     """Asks a model's activations in plain language: ``reader.ask(prompt, ["Is it honest?"])``.
 
     ``Reader.load(path, lm)`` reads what ``train`` wrote, and PEFT folders of published decoders.
+    ``qa`` is the table that it was trained with, as long as it is in memory: it is not saved.
     After each call the model is as it was before.
     """
 
@@ -81,8 +89,10 @@ class Reader:
     lora: Lora
     wiring: Wiring
     meta: Meta = field(default_factory=Meta)
+    qa: Mapping[str, Pairs] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.wiring = self.wiring.within(self.lm.n_layers)
         for layer in (*self.wiring.read_layers, self.wiring.write_layer):
             self.lm.anatomy.tap("resid", layer)
         self.dialogue = Dialogue(self.lm.tokenizer, self.wiring.role, ends=self.lm.end_ids)
@@ -114,6 +124,8 @@ class Reader:
             turns = prompt[0]
             turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else list(turns)
             prompt = [*turns, {"role": "assistant", "content": prompt[1]}]
+        if _is_item(prompt):
+            (prompt,) = read_items(prompt)
         found = seen(self.lm.tokenizer, prompt)
         self.lm._check_length(len(found.ids))
         return found
@@ -122,10 +134,8 @@ class Reader:
         """What to show for whatever was given, and whether it was a single one."""
         if isinstance(target, Recording):
             return self._recorded(target, layer), len(target) == 1
-        single = isinstance(target, str | Item | tuple) or (
-            isinstance(target, list) and bool(target) and isinstance(target[0], dict)
-        )
-        return self.show([target] if single else list(target), layer), single
+        listed, single = _listed(target)
+        return self.show(listed, layer), single
 
     def _recorded(self, recording: Recording, layer: int | None) -> list[Shown]:
         layers = recording.layers
@@ -157,10 +167,10 @@ class Reader:
     ) -> Any:
         """Answers to questions about a prompt's activations: a list in the order of the questions.
 
-        ``target``: a prompt, a (prompt, answer) pair, a dialogue, an Item, a Recording, or a list
-        of these, which gives a list of lists. All questions about all targets run as one batch (at
-        most ``batch_size`` rows) on the KV cache, and what the questions about one target share is
-        computed once. ``evidence=True`` gives ``Evidence`` instead of text.
+        ``target``: a prompt, a (prompt, answer) pair, a dialogue, an Item or its dict, a Recording,
+        or a list of these, which gives a list of lists. All questions about all targets run as one
+        batch (at most ``batch_size`` rows) on the KV cache, and what the questions about one target
+        share is computed once. ``evidence=True`` gives ``Evidence`` instead of text.
         """
         asked = [questions] if isinstance(questions, str) else list(questions)
         if not asked or not all(isinstance(q, str) and q for q in asked):
@@ -266,11 +276,25 @@ class Reader:
     def loss(self, items: Any, qa: Any = None, *, view: View = "real") -> Tensor:
         """The mean cross entropy of the answers' tokens, in the caller's gradient mode.
 
-        ``items`` as for ``train``; their QA are their own and those of their label in ``qa``.
+        ``items`` as for ``train``; what is asked about them is said in ``asked_of``.
         """
         rows, shown = self.pairs(items, qa, view)
         values, counts = self.losses(rows, shown)
         return values.sum() / counts.sum()
+
+    def asked_of(self, items: Any, qa: Any = None) -> list[Item]:
+        """Items with what is asked about them: their own questions, and their label's in ``qa``.
+
+        Without ``qa``, items that have no question get those that the reader was trained with.
+        Items that are left without one are left out. Raises ChatError if all are.
+        """
+        listed = read_items(items)
+        if qa is None:
+            listed = [i if i.qa else replace(i, qa=self.qa.get(i.label, ())) for i in listed]
+        asked = attach(listed, None if qa is None else read_qa(qa))
+        if not asked:
+            raise ChatError("none of the items has a question: give qa= with their labels")
+        return asked
 
     def pairs(
         self, items: Any, qa: Any = None, view: View = "real", shown: Sequence[Shown] | None = None
@@ -281,9 +305,7 @@ class Reader:
         nothing written; "text", the whole dialogue to be read in their place; "words", only the
         part of it whose activations are shown. ``shown``: activations that are there already.
         """
-        listed = attach(read_items(items), None if qa is None else read_qa(qa))
-        if not listed:
-            raise ChatError("none of the items has a question: give qa= with their labels")
+        listed = self.asked_of(items, qa)
         if view in ("text", "words"):
             seen_ = [_text_of(item, item.hidden if view == "words" else 0) for item in listed]
             rows = [
@@ -354,7 +376,7 @@ class Reader:
             for i, (row, given) in enumerate(zip(rows, shown, strict=True)):
                 if given is not None:
                     kept[i, row.start : row.start + row.slots] = False
-            found[self.wiring.write_layer % self.lm.n_layers] = kept.flatten().nonzero()[:, 0]
+            found[self.wiring.write_layer] = kept.flatten().nonzero()[:, 0]
         return found | {self.lm.n_layers - 1: sheet.where}
 
     @contextmanager
@@ -467,9 +489,7 @@ class Reader:
     def save(self, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write the reader as an artifact folder; its matrices in ``dtype``."""
         w = self.wiring
-        extra = {
-            name: getattr(w, name) for name in ("write_layer", "write", "last", "align", "role")
-        }
+        extra = {name: getattr(w, name) for name in _WIRED}
         extra |= {"read_layers": list(w.read_layers), "lora": self.lora.config()}
         tensors = {n: t.to(dtype) for n, t in self.lora.tensors().items()}
         place = str(Place("resid", w.read_layers))
@@ -480,17 +500,20 @@ class Reader:
         """Read a reader for this model: an artifact folder, or a published decoder's PEFT folder.
 
         A PEFT folder does not say how it was wired: give ``read_layer=`` (default 15), and
-        ``write_layer``, ``write``, ``role`` where they are not the paper's. Raises ArtifactError.
+        ``write_layer``, ``write``, ``last``, ``align``, ``role`` where they are not the paper's.
+        For an artifact these take the place of what it was trained with. Raises ArtifactError.
         """
-        folder = artifact.user_path(path)
+        folder, given = artifact.user_path(path), _given_wiring(lm, wiring)
         if (folder / "adapter_config.json").is_file():
-            layers = (int(wiring.pop("read_layer", 15)),)
             lora = Lora.read(folder).to(lm.device)
-            return Reader(lm, lora, Wiring(layers, **wiring)).checked()
-        saved = artifact.load_artifact(folder)
-        if not isinstance(saved, SavedReader):
-            raise ArtifactError(f"{folder} holds a {type(saved).__name__}, not a reader")
-        return saved.on(lm)
+            return Reader(lm, lora, Wiring(**({"read_layers": (15,)} | given))).checked()
+        if (kind := artifact.read_header(folder)["kind"]) != "reader":
+            raise ArtifactError(
+                f"{folder} is of kind {kind!r}, and only a 'reader' can be asked; give a folder "
+                "that latentqa.train or trimtab train-reader wrote"
+            )
+        saved: SavedReader = artifact.load_artifact(folder)
+        return replace(saved, wiring=replace(saved.wiring, **given)).on(lm)
 
     def checked(self) -> "Reader":
         """This reader, if its adapter fits the model; raises ArtifactError."""
@@ -541,6 +564,23 @@ class _Options:
     batch_size: int
 
 
+def _is_item(target: Any) -> bool:
+    """Whether this is an Item as a dict; a dict with a role is a message."""
+    return isinstance(target, Mapping) and "role" not in target
+
+
+def _listed(target: Any) -> tuple[list[Any], bool]:
+    """What is asked about as a list, and whether there was a single one."""
+    if isinstance(target, Item | tuple) or _is_item(target):
+        return [target], True
+    listed, single = listed_prompts(target)
+    if not listed:
+        raise ChatError("there is nothing to ask about: give a prompt, a dialogue or an Item")
+    if single and isinstance(listed[0], list) and _is_item(listed[0][0]):
+        return listed[0], False
+    return listed, single
+
+
 def _text_of(item: Item, hidden: int) -> str:
     return "\n".join(message["content"] for message in item.messages[hidden:])
 
@@ -576,10 +616,22 @@ def record(
     return lm.record(batch, place, **({"show_progress": False} | options))
 
 
+def _given_wiring(lm: LM, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a Wiring that these keywords of ``Reader.load`` name."""
+    if unknown := sorted(set(given) - {"read_layer", *_WIRED}):
+        raise TypeError(
+            f"Reader.load takes no {', '.join(unknown)}; it takes read_layer, {', '.join(_WIRED)}"
+        )
+    found = {name: given[name] for name in _WIRED if name in given}
+    if "read_layer" in given:
+        place = Place("resid", given["read_layer"])
+        found["read_layers"] = place.layer_indices(lm.n_layers)
+    return found
+
+
 def _load(parts: Parts) -> SavedReader:
     extra = parts.extra
-    names = ("write_layer", "write", "last", "align", "role")
-    wiring = Wiring(tuple(extra["read_layers"]), **{name: extra[name] for name in names})
+    wiring = Wiring(tuple(extra["read_layers"]), **{name: extra[name] for name in _WIRED})
     return SavedReader(Lora.built(parts.tensors, extra["lora"]), wiring, parts.meta)
 
 

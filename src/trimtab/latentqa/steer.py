@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from trimtab import chat
-from trimtab.artifact import Meta
+from trimtab.artifact import Meta, check_free
 from trimtab.edits import Add, Edit, LowRank, wide
 from trimtab.errors import ChatError
 from trimtab.latentqa.data import Pairs, Seen, read_qa, sentence_qa
@@ -68,6 +68,8 @@ def steer(
     """
     if find not in ("lora", "add"):
         raise ValueError(f"find is 'lora' or 'add', not {find!r}")
+    if out is not None:
+        check_free(out)
     pairs, prompts = wanted(qa_pairs), list(prompts)
     if not prompts:
         raise ChatError("steer needs ordinary instructions to read: give some prompts")

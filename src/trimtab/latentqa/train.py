@@ -8,6 +8,7 @@ and the adapter's gradients, which are small, are added up. A run of two process
 curve of one at the same global batch. ``shard=True`` also shares the frozen weights (FSDP2).
 """
 
+import hashlib
 import importlib
 import json
 import math
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +29,7 @@ from safetensors.torch import save as dump
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from trimtab.artifact import Meta, user_path, write_file
+from trimtab.artifact import Meta, check_free, user_path, write_file
 from trimtab.errors import ArtifactError, TrimtabError
 from trimtab.latentqa import data
 from trimtab.latentqa.data import Item
@@ -59,6 +61,15 @@ class Plan:
     checkpointing: bool = False
     view: View = "real"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = {"batch_size": self.batch_size, "accumulate": self.accumulate}
+        if self.steps is not None:
+            counts["steps"] = self.steps
+        if low := [name for name, count in counts.items() if count < 1]:
+            raise ValueError(f"{low[0]} is 1 or more, not {counts[low[0]]!r}")
+        if self.epochs <= 0:
+            raise ValueError(f"epochs is more than 0, not {self.epochs!r}")
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a step: a linear warm-up, then half a cosine down to zero."""
@@ -139,20 +150,29 @@ def train(
         view,
         seed,
     )
+    if out is not None:
+        check_free(out)
     layers = range(lm.n_layers) if read_layer == "sampled" else read_layer
     chosen = Place("resid", layers).layer_indices(lm.n_layers)
-    wiring = Wiring(chosen, write_layer % lm.n_layers, write, last, align, role)
+    wiring = Wiring(chosen, write_layer, write, last, align, role)
     lora = Lora.of(lm, rank, alpha, seed=seed)
     lora.dropout = dropout
-    listed = data.attach(data.read_items(items), None if qa is None else data.read_qa(qa))
+    table = None if qa is None else data.read_qa(qa)
+    listed = data.attach(data.read_items(items), table)
     if not listed:
         raise ArtifactError("none of the items has a question; does qa= have their labels?")
-    train_items, aside = data.split(listed, held_out, seed) if held_out else (listed, [])
+    train_items, aside = data.split(listed, held_out, seed)
+    if evaluate_every and not aside:
+        raise ValueError(
+            f"evaluate_every={evaluate_every} needs labels that are not trained on: give held_out= "
+            "(a fraction, such as 0.1), and items of two labels or more"
+        )
     made_by = {"method": "latentqa", "items": len(train_items), **asdict(plan)}
-    reader = Reader(lm, lora, wiring, Meta(name, lm.describe(), made_by))
+    reader = Reader(lm, lora, wiring, Meta(name, lm.describe(), made_by), table or {})
     run = _Run(reader, plan, train_items, aside[:evaluate_items], out, World.join())
     show_progress = show_progress and run.world.rank == 0
     with run.world.guarded(run.progress), run.world.sharded(lm, shard):
+        run.resume()
         run.prepare(harvest, show_progress)
         run.train(evaluate_every, save_every, tracker, show_progress)
         return run.finish()
@@ -268,15 +288,10 @@ class _Run:
         show_progress: bool,
     ) -> None:
         """All steps that are left."""
-        self.resume()
-        if not self.world.agrees(self.step):
-            raise ArtifactError(
-                f"process {self.world.rank} would go on from step {self.step}, but not all others "
-                f"would; give every process the same {self.folder}, on storage that they share"
-            )
         records = _tracking(tracker, self.folder, asdict(self.plan), self.world.rank)
         bar = tqdm(total=self.steps, initial=self.step, desc="training", disable=not show_progress)
         with bar, records as track:
+            self.begin_log()
             while self.step < self.steps:
                 record_ = self.one_step()
                 self.step += 1
@@ -392,13 +407,21 @@ class _Run:
         self.world.wait()
         return self.reader
 
+    def begin_log(self) -> None:
+        """A log of the steps that count: those up to the checkpoint, without what came after it."""
+        if self.folder is not None and self.world.rank == 0:
+            lines = [json.dumps(record_) + "\n" for record_ in self.log]
+            write_file(self.folder / LOG, "".join(lines).encode())
+
     # -- checkpoints --
 
+    @cached_property
     def facts(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to go on."""
-        wiring = json.loads(json.dumps(asdict(self.reader.wiring)))
-        facts = {"plan": asdict(self.plan), "wiring": wiring, "items": len(self.items)}
-        return facts | {"batch": self.batch, "model": self.reader.lm.describe()["fingerprint"]}
+        """What must be the same for a checkpoint to go on, as JSON gives it back."""
+        facts = asdict(self.plan) | asdict(self.reader.wiring) | self.reader.lora.config()
+        facts |= {"items": _hashed(self.items), "held out": _hashed(self.aside)}
+        facts |= {"batch": self.batch, "model": self.reader.lm.describe()["fingerprint"]}
+        return dict(json.loads(json.dumps(facts)))
 
     def save(self) -> None:
         """Write a checkpoint: the adapter, the optimiser and the log, whole or not at all.
@@ -415,7 +438,7 @@ class _Run:
         plain = {k: v.cpu().contiguous() for k, v in tensors.items()}
         weights = f"checkpoint-{self.step}.safetensors"
         write_file(self.folder / weights, dump(plain))
-        facts = {"step": self.step, "weights": weights, "facts": self.facts(), "log": self.log}
+        facts = {"step": self.step, "weights": weights, "facts": self.facts, "log": self.log}
         write_file(self.folder / STATE, json.dumps(facts).encode())
         self.sweep_out(keep=(STATE, weights))
 
@@ -437,21 +460,31 @@ class _Run:
 
     def resume(self) -> None:
         """Go on where a checkpoint of the same run stopped, if there is one."""
-        if self.folder is None or not (self.folder / STATE).is_file():
-            return
+        if self.folder is not None and (self.folder / STATE).is_file():
+            self.restore(self.folder)
+        if not self.world.agrees(self.step):
+            raise ArtifactError(
+                f"process {self.world.rank} would go on from step {self.step}, but not all others "
+                f"would; give every process the same {self.folder}, on storage that they share"
+            )
+
+    def restore(self, folder: Path) -> None:
+        """The state of the checkpoint in a folder, if it is one of this run."""
         try:
-            state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
             weights = state.get("weights", "checkpoint.safetensors")  # the older name of all
-            tensors = load((self.folder / weights).read_bytes())
+            tensors = load((folder / weights).read_bytes())
         except (OSError, ValueError, SafetensorError) as error:
             raise ArtifactError(
-                f"the checkpoint in {self.folder} cannot be read ({error}); delete that folder"
+                f"the checkpoint in {folder} cannot be read ({error}); delete that folder"
             ) from None
-        mine = json.loads(json.dumps(self.facts()))
-        if differing := [k for k in mine if state["facts"].get(k) != mine[k]]:
+        there = state["facts"]
+        if differing := [k for k, now in self.facts.items() if there.get(k) != now]:
+            told = [f"{k} {there.get(k)!r:.60} there, {self.facts[k]!r:.60} now" for k in differing]
             raise ArtifactError(
-                f"{self.folder} holds a checkpoint of another run (it differs in "
-                f"{', '.join(differing)}); delete it, or choose another out="
+                f"{folder} holds a checkpoint of another run ({'; '.join(told[:3])}); give what "
+                "that run was given to go on with it, delete the folder to begin anew, or choose "
+                "another out="
             )
         _copy([tensors[f"p.{i}"] for i in range(len(self.parameters))], self.parameters)
         if self.mean is not None:
@@ -474,6 +507,12 @@ def _seeded(seed: int, step: int, rank: int, device: torch.device) -> Iterator[N
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
         yield
+
+
+def _hashed(items: Sequence[Item]) -> str:
+    """How many items, and a hash of all that they say and ask."""
+    text = json.dumps([asdict(item) for item in items])
+    return f"{len(items)} of hash {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _parts(count: int, size: int) -> list[list[int]]:
