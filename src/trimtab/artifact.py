@@ -67,6 +67,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 
 _LOADERS: dict[str, Callable[[Parts], Any]] = {}
 _FOREIGN: list[Callable[[dict[str, Tensor], Path], Any | None]] = []
+_FOLDERS: dict[str, Callable[[Path], Any]] = {}
 
 
 def register(kind: str, loader: Callable[[Parts], Any]) -> None:
@@ -79,19 +80,34 @@ def register_foreign(reader: Callable[[dict[str, Tensor], Path], Any | None]) ->
     _FOREIGN.append(reader)
 
 
+def register_folder(marker: str, reader: Callable[[Path], Any]) -> None:
+    """Teach ``tt.load`` a foreign folder, known by a file in it."""
+    _FOLDERS[marker] = reader
+
+
 def save(path: str | Path, parts: Parts) -> None:
     """Write an artifact folder, whole or not at all. An artifact of that name is replaced.
 
     Raises ArtifactError where something else stands there, or where it cannot be written.
     """
+    write_folder(path, lambda made: _write(made, parts), marker=JSON_NAME)
+
+
+def write_folder(path: str | Path, write: Callable[[Path], None], *, marker: str) -> None:
+    """Have ``write`` fill a folder, and put it at ``path``, whole or not at all.
+
+    A folder that stands there is replaced if it holds ``marker``, a file of what is written. Raises
+    ArtifactError where something else stands there, or where it cannot be written.
+    """
     target = user_path(path)
-    if os.path.lexists(target) and not (target / JSON_NAME).is_file():
-        raise ArtifactError(f"{target} exists and is not an artifact; choose another name")
+    if os.path.lexists(target) and not (target / marker).is_file():
+        what = "an artifact" if marker == JSON_NAME else f"a folder with {marker}"
+        raise ArtifactError(f"{target} exists and is not {what}; choose another name")
     made: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        _write(made, parts)
+        write(made)
         os.chmod(made, 0o755)
         replace_folder(made, target)
     except (OSError, SafetensorError) as error:
@@ -215,6 +231,8 @@ def load_artifact(path: str | Path) -> Any:
         raise ArtifactError(f"nothing at {target}; give the folder that .save(path) wrote")
     if target.is_file():
         return _load_foreign(target)
+    if (reader := foreign_folder(target)) is not None:
+        return reader(target)
     parts = read(target)
     if parts.kind not in _LOADERS:
         raise ArtifactError(
@@ -237,6 +255,13 @@ def load_artifact(path: str | Path) -> Any:
             f"the {parts.kind} in {target} cannot be built: {told}; save it again or fetch a fresh "
             "copy"
         ) from error
+
+
+def foreign_folder(folder: Path) -> Callable[[Path], Any] | None:
+    """What reads a folder that is no artifact, if its format is known."""
+    if (folder / JSON_NAME).is_file():
+        return None
+    return next((own for name, own in _FOLDERS.items() if (folder / name).is_file()), None)
 
 
 def check_model(meta: Meta, model: dict[str, Any]) -> None:
