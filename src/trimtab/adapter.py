@@ -202,8 +202,15 @@ def added(
     low, up = low.to(output.dtype), up.to(x.dtype).to(output.dtype)
     if output._base is not None or not output.is_contiguous():
         return output + linear(low, up)
+    if not torch.is_grad_enabled():
+        return _add_into(output, low, up)
     made: Tensor = _Added.apply(output, low, up)  # type: ignore[no-untyped-call]
     return made
+
+
+def _add_into(output: Tensor, low: Tensor, up: Tensor) -> Tensor:
+    output.view(-1, output.shape[-1]).addmm_(low.reshape(-1, low.shape[-1]), up.T)
+    return output
 
 
 class _Added(torch.autograd.Function):
@@ -213,9 +220,7 @@ class _Added(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, low: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(low, up)
         ctx.mark_dirty(output)
-        rows = output.view(-1, output.shape[-1])
-        rows.addmm_(low.reshape(-1, low.shape[-1]), up.T)
-        return output
+        return _add_into(output, low, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

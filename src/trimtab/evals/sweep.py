@@ -243,7 +243,7 @@ def _random_adapter(edit: Adapter, seed: int) -> Adapter:
         length = torch.linalg.vector_norm(low.up, dim=0, keepdim=True)
         unit = noise / torch.linalg.vector_norm(noise, dim=0, keepdim=True)
         made[name] = replace(low, up=unit * length)
-    return replace(edit, modules=made)
+    return replace(edit, modules=made, strength=abs(edit.strength))
 
 
 def perplexity(lm: LM, texts: Sequence[Any], edits: Edits = None, *, batch_size: int = 32) -> float:
