@@ -306,7 +306,8 @@ def write_peft(
     """Write a PEFT folder, whole or not at all. An adapter that stands there is replaced."""
 
     def write(folder: Path) -> None:
-        tensors = {n: t.to("cpu", dtype).contiguous() for n, t in peft_tensors(modules).items()}
+        named = peft_tensors(modules).items()  # safetensors wants memory of its own for each
+        tensors = {n: t.to("cpu", dtype).contiguous().clone() for n, t in named}
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         text = json.dumps(peft_config(modules, dropout), indent=2)
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")

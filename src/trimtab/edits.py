@@ -349,9 +349,8 @@ class Attend(_Learned):
 class LowRank(_Learned):
     """A linear map of rank N beside the activation: ``x' = x + (x.K) V``, as in LoRA.
 
-    ``key`` K (LoRA's A) and ``value`` V (LoRA's B, transposed) are [L, N, D]. Unlike LoRA inside a
-    weight matrix it acts on the residual stream, so it needs no module of its own and every row of
-    a batch has its own.
+    ``key`` K (LoRA's A) and ``value`` V (LoRA's B, transposed) are [L, N, D]. Unlike an ``Adapter``
+    it acts on the residual stream (or another site) and knows no module.
     """
 
     def write(self, x: Tensor, v: Values) -> Tensor:

@@ -368,9 +368,10 @@ def _side_by_side(
     adapters = [cast(Adapter, adapter_of(edit)) for edit in edits]
     owned = {id(a.modules): a.modules for a in adapters}
     numbers = {key: i for i, key in enumerate(owned)}
+    blocks = {id(a.modules): _layers_of(a, n_layers) for a in adapters}
     shares = torch.zeros(n_layers, len(prompt_len), len(owned), dtype=torch.float64)
     for row, a in zip(rows, adapters, strict=True):
-        where = [i for i in a.place.layer_indices(n_layers) if i in _layers_of(a, n_layers)]
+        where = [i for i in a.place.layer_indices(n_layers) if i in blocks[id(a.modules)]]
         if not where:
             raise PlaceError(
                 f"the Adapter at {str(a.place)!r} has no module there, only in layers "
