@@ -3,8 +3,8 @@
     python benchmarks/steering.py effect --reader runs/reader --behaviours gloom veganism
     python benchmarks/steering.py crows --reader runs/reader
 
-"effect": a sentence or a control file becomes an edit (``latentqa.steer``, a low-rank map and an
-added vector), found on the prompts of the built-in sets. Its strength is chosen on some ordinary
+"effect": a sentence or a control file becomes an edit (``latentqa.steer``, an adapter and an added
+vector), found on the prompts of the built-in sets. Its strength is chosen on some ordinary
 instructions, as that of a mean-difference vector (answers when asked for the behaviour, against
 plain ones) and of random edits of the same kind; it is measured on others, by judges that no edit
 was made with, beside no edit and the prompt that asks. All edits keep the same bound: a perplexity
@@ -24,7 +24,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from torch import Tensor
 
 import trimtab as tt
 from trimtab import chat, evals, latentqa
-from trimtab.edits import Edit, LowRank
+from trimtab.edits import Edit
 from trimtab.evals.sweep import asking, model_identity
 from trimtab.evals.tune import MAX_REPETITION
 from trimtab.journal import Journal
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=40, help="instructions steered on")
     parser.add_argument("--tokens", type=int, default=40, help="of an answer")
     parser.add_argument("--pairs", type=int, help="of CrowS-Pairs; by default all that are there")
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, help="by default that of latentqa.steer")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quiet", action="store_true", help="write no results file")
@@ -208,17 +208,6 @@ def digest(reader: latentqa.Reader) -> str:
     return made.hexdigest()[:16]
 
 
-def random_edit(edit: Edit, seed: int) -> Edit:
-    """An edit of the same kind and size with random directions; a map keeps what it looks at."""
-    if not isinstance(edit, LowRank):
-        return evals.random_like(edit, seed)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(edit.value.shape, generator=generator).to(edit.value)
-    length = torch.linalg.vector_norm(edit.value, dim=-1, keepdim=True)
-    unit = noise / torch.linalg.vector_norm(noise, dim=-1, keepdim=True)
-    return replace(edit, value=unit * length)
-
-
 def interval(values: Any, resamples: int = 2000) -> list[float]:
     """A mean and its 95 % bootstrap interval."""
     values = torch.as_tensor(values).double()
@@ -351,7 +340,7 @@ def candidates(bench: Bench, behaviour: Behaviour) -> list[Candidate]:
             Candidate(
                 f"random, {find}",
                 f"{label} random",
-                lambda s, n, e=edit: s * random_edit(e, n),
+                lambda s, n, e=edit: s * evals.random_like(e, n),
                 1.0,
             )
         )
@@ -463,7 +452,7 @@ def crows(bench: Bench, args: argparse.Namespace) -> list[dict[str, Any]]:
         edit = bench.steered("fair", FAIR, find)
         kinds: dict[str, EditOf] = {
             "steered": lambda s, n, e=edit: s * e,  # type: ignore[misc]
-            "random": lambda s, n, e=edit: s * random_edit(e, n),  # type: ignore[misc]
+            "random": lambda s, n, e=edit: s * evals.random_like(e, n),  # type: ignore[misc]
         }
         most = min(bench.largest(f"{find} {kind}", make, 1.0) for kind, make in kinds.items())
         for kind, make in kinds.items():

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import model_zoo
@@ -273,6 +274,15 @@ def test_show_an_edit(probe, tmp_path):
     assert "edit" in done.out and "from: probe" in done.out
 
 
+def test_show_a_peft_folder(lm, tmp_path):
+    sizes = lm.anatomy.linear_sizes([1])
+    pairs = {name: (torch.ones(2, i), torch.ones(o, 2)) for name, (i, o) in sizes.items()}
+    tt.Adapter("resid@all", pairs).save_peft(tmp_path / "theirs")
+    done = trimtab("show", tmp_path / "theirs")
+    assert done.code == 0, done
+    assert "adapter from a foreign folder" in done.out and "resid@all all" in done.out
+
+
 def test_show_a_recording(lm, tmp_path):
     recording = lm.record(["Hello", "Good day"], "resid@0:2 prompt", show_progress=False)
     recording.save(tmp_path / "rec")
@@ -357,6 +367,17 @@ def test_chat_scales_a_saved_edit_by_a_factor(model, lm, probe, tmp_path):
         ("edit=-2", cli.screen.plain(lm.generate("Hello", edits=-2.0 * edit, max_new_tokens=8)))
     ]
     assert "times -2 (1 is as saved)" in done.out
+
+
+def test_chat_takes_a_peft_folder(model, lm, tmp_path):
+    sizes = lm.anatomy.linear_sizes([1])
+    pairs = {n: (torch.randn(2, i) * 0.1, torch.randn(o, 2)) for n, (i, o) in sizes.items()}
+    adapter = tt.Adapter("resid@all", pairs)
+    adapter.save_peft(tmp_path / "theirs")
+    answers, _ = talk(model, "Hello", options=("--steer", f"{tmp_path / 'theirs'}=0.5"))
+    whole = lm.generate("Hello", edits=0.5 * adapter, max_new_tokens=8)
+    assert answers == [("theirs=0.5", cli.screen.plain(whole))]
+    assert whole != lm.generate("Hello", max_new_tokens=8)
 
 
 def test_chat_adds_several_and_stops_one_at_zero(model, probe, tmp_path):

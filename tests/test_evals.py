@@ -230,6 +230,21 @@ def test_a_random_direction_has_the_size_of_the_edit_and_nothing_else_of_it(lm):
         tt.evals.random_like(tt.Project("resid@0:2", direction(lm)), 0)
 
 
+def test_a_random_adapter_looks_at_the_same_and_adds_as_much(lm):
+    sizes = lm.anatomy.linear_sizes([0, 1])
+    random = {n: (torch.randn(2, i), torch.randn(o, 2)) for n, (i, o) in sizes.items()}
+    edit = -0.5 * tt.Adapter("resid@all", random)
+    other, norm = tt.evals.random_like(edit, 3), torch.linalg.vector_norm
+    assert other.strength == 0.5 and other.modules.keys() == edit.modules.keys()
+    for name, low in edit.modules.items():
+        mine = other.modules[name]
+        assert torch.equal(mine.down, low.down) and mine.scale == low.scale
+        assert torch.allclose(norm(mine.up, dim=0), norm(low.up, dim=0))
+        if len(low.up) > 8:
+            assert (torch.cosine_similarity(mine.up, low.up, dim=0).abs() < 0.9).all()
+        assert not torch.equal(tt.evals.random_like(edit, 4).modules[name].up, mine.up)
+
+
 def test_asking_goes_to_the_end_of_the_last_turn():
     told = asking("Be kind.")
     assert told("Hello.") == "Hello. Be kind."

@@ -748,59 +748,86 @@ def case(find="add"):
 
     if find == "add":
         return lm, reader, lambda t: tt.Add(place, t), drawn(3, 32), drawn(3, 32)
-    keys = drawn(3, 2, 32)
-    from trimtab.edits import LowRank
+    parts = ("attn.c_proj", "mlp.c_proj")
+    names = [f"transformer.h.{i}.{part}" for i in range(3) for part in parts]
+    downs = [drawn(2, 32 if "attn" in name else 128) for name in names]
 
-    return lm, reader, lambda t: LowRank(place, keys, t), drawn(3, 2, 32), drawn(3, 2, 32)
+    def adapter(t):  # [3, 2, 32, 2]: B beside two modules of each layer
+        pairs = zip(downs, t.flatten(0, 1), strict=True)
+        return tt.Adapter(place, dict(zip(names, pairs, strict=True)))
+
+    return lm, reader, adapter, drawn(3, 2, 32, 2), drawn(3, 2, 32, 2)
 
 
 @pytest.mark.parametrize("find", ["add", "lora"])
 def test_the_gradient_reaches_the_target_and_is_right(find):
     lm, reader, edit, start, way = case(find)
     row = reader._seen("Tell me a story.")
+
+    def loss(at):
+        return steering._loss(reader, steering._shown(lm, reader, edit(at), row, [2]), QA)
+
     at = (0.1 * start).requires_grad_()
-    steering._deepest(lm, reader, edit(at), row, QA).backward()
+    loss(at).backward()
     with torch.no_grad():
-        up, down = (
-            steering._deepest(lm, reader, edit(at + e * way), row, QA) for e in (1e-5, -1e-5)
-        )
-    assert float((at.grad * way).sum()) == pytest.approx(float((up - down) / 2e-5), rel=1e-6)
+        up, down = (loss(at + e * way) for e in (1e-5, -1e-5))
+    slope = float((up - down) / 2e-5)
+    assert float((at.grad * way).sum()) == pytest.approx(slope, rel=1e-6)
+    assert float((at.grad.flip(0) * way).sum()) != pytest.approx(slope, rel=1e-3)
     assert all(p.grad is None for p in lm.model.parameters())
     assert float(at.grad[0].norm()) > 0  # through all the layers in between
 
 
 @pytest.mark.parametrize("find", ["add", "lora"])
-def test_each_layers_loss_moves_its_own_part_only(find, monkeypatch):
+def test_each_layers_loss_moves_its_own_part_only(find):
     lm, reader, edit, start, way = case(find)
-    row, parts = reader._seen("Tell me a story."), []
-    loss = steering._loss
-    monkeypatch.setattr(
-        steering,
-        "_loss",
-        lambda r, shown, q: parts.extend(loss(r, [s], q) for s in shown) or sum(parts),
-    )
-    at = (0.1 * start).requires_grad_()
-    steering._each_layer(lm, reader, edit(at), row, QA)
-    for i, part in enumerate(parts):
+    row, layers = reader._seen("Tell me a story."), range(3)
+
+    def parts(at, context=steering.cut):
+        with context(lm):
+            shown = steering._shown(lm, reader, edit(at), row, layers)
+        return [steering._loss(reader, [s], QA) for s in shown]
+
+    def sizes(part, at):
         (grad,) = torch.autograd.grad(part, at, retain_graph=True)
-        size = grad.flatten(1).norm(dim=1)
+        return grad.flatten(1).norm(dim=1)
+
+    at = (0.1 * start).requires_grad_()
+    losses = parts(at)
+    for i, part in enumerate(losses):
+        size = sizes(part, at)
         assert float(size[i]) > 0 and float(size.sum()) == float(size[i])
+    assert int((sizes(parts(at, nullcontext)[2], at) > 0).sum()) == 3  # control: nothing detached
     # The value is that of the steered target itself, which the layers below do change.
     with torch.no_grad():
         shown = reader.show(["Tell me a story."], edits=edit(at.detach()))[0]
-        assert torch.allclose(loss(reader, [shown], QA), parts[2], rtol=1e-9)
+        assert torch.allclose(steering._loss(reader, [shown], QA), losses[2], rtol=1e-9)
         plain = reader.show(["Tell me a story."])[0]
-        assert not torch.allclose(loss(reader, [plain], QA), parts[2], rtol=1e-6)
-    (grad,) = torch.autograd.grad(parts[2], at, retain_graph=True)
+        assert not torch.allclose(steering._loss(reader, [plain], QA), losses[2], rtol=1e-6)
+    (grad,) = torch.autograd.grad(losses[2], at, retain_graph=True)
     top = torch.zeros_like(way)
     top[2] = way[2]
     with torch.no_grad():  # the last layer's part has nothing below it that is detached
-        ends = []
-        for e in (1e-5, -1e-5):
-            parts.clear()
-            steering._each_layer(lm, reader, edit(at + e * top), row, QA)
-            ends.append(parts[2])
-    assert float((grad * top).sum()) == pytest.approx(float((ends[0] - ends[1]) / 2e-5), rel=1e-6)
+        up, down = (parts(at + e * top)[2] for e in (1e-5, -1e-5))
+    assert float((grad * top).sum()) == pytest.approx(float((up - down) / 2e-5), rel=1e-6)
+    assert not any(block._forward_pre_hooks for block in lm.anatomy.blocks[1:])
+
+
+def test_an_adapter_stands_beside_every_linear_module_up_to_the_read_layer():
+    lm = make()
+    reader = worn(lm, last=6)
+    options = {"samples": 2, "lr": 1e-2, "show_progress": False}
+    edit = steer(lm, reader, "be a fox", ["Tell me a story."], rank=3, **options)
+    assert isinstance(edit, tt.Adapter) and list(edit.modules) == list(
+        lm.anatomy.linear_sizes(range(3))
+    )
+    for name, low in edit.modules.items():
+        assert low.rank == 3 and float(low.up.abs().max()) > 0, name
+        assert not low.up.requires_grad
+    some = steer(lm, reader, "be a fox", ["Hi"], layers=[1], tokens="answer", **options)
+    assert some.layers == (1,) and str(some.place) == "resid@1 answer"
+    with pytest.raises(PlaceError, match="lie above layer 2, which is read"):
+        steer(lm, reader, "be a fox", ["Hi"], layers=[3], per_layer=False, **options)
 
 
 @pytest.mark.parametrize("find", ["add", "lora"])
@@ -828,8 +855,12 @@ def test_steering_makes_the_wanted_answers_likelier(find, per_layer, tmp_path):
         record_ = lm.record(["Tell me a story."], edit.place, show_progress=False)[0]
         share = edit.delta.norm(dim=-1) / record_.norm(dim=-1).mean(0)
         assert float(share.max()) < 0.6
-    both = lm.generate(["Hello"] * 2, edits=[tt.load(tmp_path / "e"), None], max_new_tokens=4)
-    assert both[1] == lm.generate("Hello", max_new_tokens=4) != both[0]
+    loaded, push = tt.load(tmp_path / "e"), tt.Add("resid@1", torch.ones(1, 32))
+    assert type(loaded) is (tt.Add if find == "add" else tt.Adapter)
+    rows = [loaded, None, loaded + push, push, -loaded]
+    found = lm.generate(["Hello"] * 5, edits=rows, max_new_tokens=16)
+    assert found == [lm.generate("Hello", edits=e, max_new_tokens=16) for e in rows]
+    assert len(set(found)) == 5
     assert all(p.requires_grad for p in reader.lora.parameters())
 
 

@@ -57,6 +57,11 @@ def test_train_ask_steer(model, tmp_path):
     done = trimtab("steer", *given, "--out", tmp_path / "fox", *use)
     assert done.exit_code == 0, done
     assert tt.load(tmp_path / "fox").delta.shape[0] == 3
+    given = ["be a fox", "--prompts", tmp_path / "prompts.txt", "--samples", 2]
+    done = trimtab("steer", *given, "--out", tmp_path / "adapted", *use)
+    assert done.exit_code == 0, done
+    found = tt.load(tmp_path / "adapted")
+    assert isinstance(found, tt.Adapter) and found.layers == (0, 1, 2)
 
 
 def test_what_is_missing_is_said(model, tmp_path):

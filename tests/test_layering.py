@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "trimtab"
 
 FLOORS = [
-    {"errors", "place", "edits", "merge", "recording", "artifact", "journal"}
+    {"errors", "place", "edits", "adapter", "merge", "recording", "artifact", "journal"}
     | {"solvers", "inductor", "products"},
     {"anatomy", "taps"},
     {"chat", "models", "lm", "decode", "harvest", "compiled", "remote"} | {"writer", "cache"},

@@ -25,6 +25,7 @@ _NAMES = {
     "Replace": "edits",
     "Project": "edits",
     "Attend": "edits",
+    "Adapter": "adapter",
     "LowRank": "edits",
     "When": "edits",
     "Readout": "edits",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
         recording,
         selfcontrol,
     )
+    from trimtab.adapter import Adapter
     from trimtab.artifact import Meta
     from trimtab.chat import Batch
     from trimtab.concepts import Probe
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LM",
+    "Adapter",
     "Add",
     "ArtifactError",
     "Attend",
@@ -107,11 +110,11 @@ __all__ = [
 
 
 def load(path: Any) -> Any:
-    """Load whatever was saved at ``path``: an edit, a probe, or a file of a known foreign format.
+    """Load whatever was saved at ``path``: an edit, a probe, a PEFT folder, a known foreign file.
 
     Checks format and hash; raises ArtifactError with what is wrong and what to do.
     """
-    for module in ("edits", "concepts", "latentqa"):  # they register what they can load
+    for module in ("edits", "adapter", "concepts", "latentqa"):  # they register what they can load
         importlib.import_module(f"trimtab.{module}")
     from trimtab.artifact import load_artifact
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -58,6 +58,7 @@ _CHILDREN: dict[str, tuple[str, ...]] = {
 _ATTENTION = re.compile(r"attn|attention|mixer", re.IGNORECASE)
 _DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _WIDTH = ("hidden_size", "n_embd", "d_model")
+_WRAPPED = re.compile(r"(_orig_mod\.|module\.|base_model\.model\.)*")  # compiled, DDP, PEFT
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,8 @@ class Anatomy:
     `taps[site, layer]` is (module, kind): kind "out" means the module's output, "in" its first
     input. Both are [B, T, D] ("q", "k", "v", "heads" have their own width), except that OPT
     calls the last module of its MLP on flattened tokens, so "mlp" is [B*T, D] there.
-    `trunk` is the module whose forward receives `input_ids` or `inputs_embeds`.
+    `trunk` is the module whose forward receives `input_ids` or `inputs_embeds`; `prefix` is the
+    name of the blocks in the Hugging Face model.
     """
 
     blocks: nn.ModuleList = field(repr=False)
@@ -75,6 +77,7 @@ class Anatomy:
     width: int
     trunk: nn.Module = field(repr=False)
     taps: Mapping[tuple[str, int], Tap] = field(repr=False)
+    prefix: str = field(repr=False)
 
     @classmethod
     def of(cls, model: nn.Module) -> Anatomy:
@@ -87,7 +90,8 @@ class Anatomy:
                 child = _site_module(block, site)
                 if child is not None:
                     taps[site, layer] = (child, "in" if site == "heads" else "out")
-        return cls(blocks, len(blocks), _width(model), _trunk(model, blocks), taps)
+        prefix = _WRAPPED.sub("", _name_of(model, blocks), count=1)
+        return cls(blocks, len(blocks), _width(model), _trunk(model, blocks), taps, prefix)
 
     def sites(self) -> list[str]:
         """The sites that at least one layer has, in the order of SITES."""
@@ -114,6 +118,36 @@ class Anatomy:
             where = ", ".join(map(str, having))
             raise PlaceError(f"no site {site!r} in layer {layer} ({block}); layers {where} have it")
         raise PlaceError(f"no site {site!r} in {block}; it has {', '.join(self.sites())}")
+
+    def linear_sizes(self, layers: Iterable[int] | None = None) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of the linear modules of some blocks (default: all), by their names."""
+        found: dict[str, tuple[int, int]] = {}
+        for layer in range(self.n_layers) if layers is None else layers:
+            outer = None
+            for name, module in self.blocks[layer].named_modules():
+                if outer is not None and name.startswith(outer):  # a part of one that is wrapped
+                    continue
+                if (size := _linear_size(module)) is not None:
+                    found[f"{self.prefix}.{layer}.{name}"], outer = size, f"{name}."
+        return found
+
+    def linear(self, name: str) -> tuple[nn.Module, tuple[int, int]]:
+        """A linear module of a block and its (inputs, outputs), by its name in the model.
+
+        Raises PlaceError where there is none.
+        """
+        layer, _, inside = name.removeprefix(f"{self.prefix}.").partition(".")
+        own = name.startswith(f"{self.prefix}.") and layer.isdecimal()
+        block = self.blocks[int(layer)] if own and int(layer) < self.n_layers else None
+        module = None if block is None else _child(block, inside)
+        size = None if module is None else _linear_size(module)
+        if module is None or size is None:
+            some = ", ".join(list(self.linear_sizes([0]))[:3])
+            raise PlaceError(
+                f"this model has no linear module {name!r} in its blocks; it has {some}, ...; was "
+                "the adapter made for another model?"
+            )
+        return module, size
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
@@ -198,6 +232,17 @@ def _misleads(block: nn.Module, site: str, name: str) -> bool:
     return site == "mlp" and (pair or "experts" in children)
 
 
+def _linear_size(module: nn.Module) -> tuple[int, int] | None:
+    """Inputs and outputs of a linear module; None for any other."""
+    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    if all(isinstance(s, int) for s in sizes):
+        return cast(tuple[int, int], tuple(sizes))
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor):  # GPT-2: [in, out]
+        return int(weight.shape[0]), int(weight.shape[1])
+    return None
+
+
 def _child(module: nn.Module, dotted: str) -> nn.Module | None:
     found: Any = module
     for name in dotted.split("."):
@@ -263,8 +308,13 @@ def _trunk(model: nn.Module, blocks: nn.ModuleList) -> nn.Module:
     return around[0]
 
 
+def _name_of(model: nn.Module, blocks: nn.ModuleList) -> str:
+    names: Iterator[str] = (name for name, module in model.named_modules() if module is blocks)
+    return next(names)
+
+
 def _ancestors(model: nn.Module, blocks: nn.ModuleList) -> Iterator[nn.Module]:
-    name = next(name for name, module in model.named_modules() if module is blocks)
+    name = _name_of(model, blocks)
     while name:
         name = name.rpartition(".")[0]
         yield model.get_submodule(name)

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +27,7 @@ from trimtab.errors import ArtifactError, TrimtabError
 
 FORMAT = 1
 JSON_NAME, TENSORS_NAME = "artifact.json", "tensors.safetensors"
+FILES = (JSON_NAME, TENSORS_NAME)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 
 _LOADERS: dict[str, Callable[[Parts], Any]] = {}
 _FOREIGN: list[Callable[[dict[str, Tensor], Path], Any | None]] = []
+_FOLDERS: dict[str, Callable[[Path], Any]] = {}
 
 
 def register(kind: str, loader: Callable[[Parts], Any]) -> None:
@@ -79,18 +81,34 @@ def register_foreign(reader: Callable[[dict[str, Tensor], Path], Any | None]) ->
     _FOREIGN.append(reader)
 
 
+def register_folder(marker: str, reader: Callable[[Path], Any]) -> None:
+    """Teach ``tt.load`` a foreign folder, known by a file in it."""
+    _FOLDERS[marker] = reader
+
+
 def save(path: str | Path, parts: Parts) -> None:
     """Write an artifact folder, whole or not at all. An artifact of that name is replaced.
 
     Raises ArtifactError where something else stands there, or where it cannot be written.
     """
+    write_folder(path, lambda made: _write(made, parts))
+
+
+def write_folder(
+    path: str | Path, write: Callable[[Path], None], files: Sequence[str] = FILES
+) -> None:
+    """Have ``write`` fill a folder with ``files``, and put it at ``path``, whole or not at all.
+
+    Raises ArtifactError where something else stands there (see ``check_free``), or where it cannot
+    be written.
+    """
     target = user_path(path)
-    check_free(target)
+    check_free(target, files)
     made: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        _write(made, parts)
+        write(made)
         os.chmod(made, 0o755)
         replace_folder(made, target)
     except (OSError, SafetensorError) as error:
@@ -101,11 +119,22 @@ def save(path: str | Path, parts: Parts) -> None:
             shutil.rmtree(made, ignore_errors=True)
 
 
-def check_free(path: str | Path) -> None:
-    """Raise ArtifactError where something stands that ``save`` would not replace."""
+def check_free(path: str | Path, files: Sequence[str] = FILES) -> None:
+    """Raise ArtifactError where a new folder of ``files`` would delete what is no such folder.
+
+    A folder that has the first of the files and no others but them may be replaced.
+    """
     target = user_path(path)
-    if os.path.lexists(target) and not (target / JSON_NAME).is_file():
-        raise ArtifactError(f"{target} exists and is not an artifact; choose another name")
+    if not os.path.lexists(target):
+        return
+    what = "an artifact" if files is FILES else f"a folder with {files[0]}"
+    if not (target / files[0]).is_file():
+        raise ArtifactError(f"{target} exists and is not {what}; choose another name")
+    if others := sorted({file.name for file in target.iterdir()} - set(files)):
+        raise ArtifactError(
+            f"{target} is {what} that also holds {', '.join(others[:3])}, which saving would "
+            "delete; choose another name, or move that away"
+        )
 
 
 def _write(folder: Path, parts: Parts) -> None:
@@ -221,6 +250,8 @@ def load_artifact(path: str | Path) -> Any:
         raise ArtifactError(f"nothing at {target}; give the folder that .save(path) wrote")
     if target.is_file():
         return _load_foreign(target)
+    if (reader := foreign_folder(target)) is not None:
+        return reader(target)
     parts = read(target)
     if parts.kind not in _LOADERS:
         raise ArtifactError(
@@ -243,6 +274,13 @@ def load_artifact(path: str | Path) -> Any:
             f"the {parts.kind} in {target} cannot be built: {told}; save it again or fetch a fresh "
             "copy"
         ) from error
+
+
+def foreign_folder(folder: Path) -> Callable[[Path], Any] | None:
+    """What reads a folder that is no artifact, if its format is known."""
+    if (folder / JSON_NAME).is_file():
+        return None
+    return next((own for name, own in _FOLDERS.items() if (folder / name).is_file()), None)
 
 
 def check_model(meta: Meta, model: dict[str, Any]) -> None:

@@ -6,11 +6,11 @@ of a pass, N chosen tokens, D width.
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_origin
 
 import torch
 from torch import Tensor
@@ -67,12 +67,12 @@ class Edit:
         return Sum.of(self, -other) if isinstance(other, Edit) else NotImplemented
 
     def __mul__(self, factor: float) -> "Edit":
-        return self.scaled(_finite("an edit is multiplied by", factor))
+        return self.scaled(finite("an edit is multiplied by", factor))
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> "Edit":
-        return self * (1.0 / _finite("an edit is divided by", divisor))
+        return self * (1.0 / finite("an edit is divided by", divisor))
 
     def __neg__(self) -> "Edit":
         return self.scaled(-1.0)
@@ -205,7 +205,7 @@ class Replace(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_tensor("value", self.value, self.place)
-        object.__setattr__(self, "strength", _finite("strength is", self.strength))
+        object.__setattr__(self, "strength", finite("strength is", self.strength))
 
     def scaled(self, factor: float) -> "Replace":
         return replace(self, strength=self.strength * factor)
@@ -245,8 +245,8 @@ class Project(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_tensor("direction", self.direction, self.place)
-        object.__setattr__(self, "to", _finite("to is", self.to))
-        object.__setattr__(self, "strength", _finite("strength is", self.strength))
+        object.__setattr__(self, "to", finite("to is", self.to))
+        object.__setattr__(self, "strength", finite("strength is", self.strength))
         if self.direction.dim() == 4:
             raise PlaceError("Project takes a direction [L, D] or [L, B, D], not one per token")
         if bool((torch.linalg.vector_norm(self.direction.detach(), dim=-1) == 0).any()):
@@ -349,9 +349,8 @@ class Attend(_Learned):
 class LowRank(_Learned):
     """A linear map of rank N beside the activation: ``x' = x + (x.K) V``, as in LoRA.
 
-    ``key`` K (LoRA's A) and ``value`` V (LoRA's B, transposed) are [L, N, D]. Unlike LoRA inside a
-    weight matrix it acts on the residual stream, so it needs no module of its own and every row of
-    a batch has its own.
+    ``key`` K (LoRA's A) and ``value`` V (LoRA's B, transposed) are [L, N, D]. Unlike an ``Adapter``
+    it acts on the residual stream (or another site) and knows no module.
     """
 
     def write(self, x: Tensor, v: Values) -> Tensor:
@@ -431,7 +430,7 @@ class When(Edit):
         readout = getattr(probe, "readout", probe)
         if not isinstance(readout, Readout):
             raise PlaceError(f"When takes a probe or a Readout, not {type(probe).__name__}")
-        threshold = _finite("a threshold is", threshold)
+        threshold = finite("a threshold is", threshold)
         if not isinstance(edit, Edit):
             raise PlaceError(f"When takes an Edit to apply, not {type(edit).__name__}")
         if any(isinstance(part, When) for part in _flat(edit)):
@@ -571,7 +570,7 @@ def _check_tensor(name: str, value: object, place: Place) -> None:
         )
 
 
-def _finite(told: str, value: Any) -> float:
+def finite(told: str, value: Any) -> float:
     """A finite number, be it Python's, numpy's or a tensor [] without a gradient, as a float."""
     number = math.nan
     is_text = isinstance(value, str | bytes) or "bool" in str(getattr(value, "dtype", ""))
@@ -615,6 +614,11 @@ _KINDS: dict[str, type[Any]] = {
 }
 
 
+def teach(*kinds: type[Any]) -> None:
+    """Let ``tt.load`` build edits, or parts of edits, of these kinds."""
+    _KINDS.update({kind.__name__.lower(): kind for kind in kinds})
+
+
 def to_spec(item: Any, prefix: str, tensors: Values) -> dict[str, Any]:
     """An edit as JSON; its tensors go into ``tensors`` under names that begin with ``prefix``."""
     spec: dict[str, Any] = {"type": type(item).__name__.lower()}
@@ -626,6 +630,9 @@ def to_spec(item: Any, prefix: str, tensors: Values) -> dict[str, Any]:
             spec[f.name] = str(value)
         elif isinstance(value, Edit | Readout):
             spec[f.name] = to_spec(value, f"{prefix}{f.name}.", tensors)
+        elif isinstance(value, Mapping):
+            below = f"{prefix}{f.name}."
+            spec[f.name] = {k: to_spec(v, f"{below}{k}.", tensors) for k, v in value.items()}
         elif isinstance(value, tuple):
             spec[f.name] = [to_spec(v, f"{prefix}{i}.", tensors) for i, v in enumerate(value)]
         elif isinstance(value, bool | float | int):
@@ -650,6 +657,8 @@ def _from_spec(spec: dict[str, Any], prefix: str, tensors: Values) -> Any:
             made[f.name] = tuple(
                 _from_spec(s, f"{prefix}{i}.", tensors) for i, s in enumerate(given)
             )
+        elif get_origin(f.type) is Mapping and isinstance(given, dict):
+            made[f.name] = {k: _from_spec(s, f"{name}.{k}.", tensors) for k, s in given.items()}
         elif f.type in (bool, float) and f.name in spec:
             made[f.name] = _typed(f.name, given, f.type is bool)
     if kind is When:

@@ -23,7 +23,7 @@ from trimtab.decode import Column, Engine, Sampling, columns, eager
 from trimtab.edits import Edit, Readout
 from trimtab.errors import ChatError, PlaceError
 from trimtab.harvest import fits_trees, harvest
-from trimtab.merge import Edits, as_edits, merge, spread
+from trimtab.merge import Edits, adapter_of, as_edits, merge, spread
 from trimtab.place import FOREVER, Place, Selection, Tokens
 from trimtab.products import Products, settled
 from trimtab.recording import Recording
@@ -294,6 +294,17 @@ class LM:
             for part in [edit, *edit.parts()]:
                 if part.meta.model:
                     check_model(part.meta, self.describe())
+                if adapter_of(part) is not None:
+                    self._check_uncompiled()
+
+    def _check_uncompiled(self) -> None:
+        """A graph that was compiled before sees no hook that is put on later."""
+        for module in self.model.modules():
+            if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None):
+                raise PlaceError(
+                    f"{type(module).__name__} was compiled, and an Adapter would not be seen "
+                    "there; give LM the model as it was before torch.compile, and call lm.compile()"
+                )
 
     def _add_reader(
         self, call: Call, place: Place, prompt_len: Sequence[int], lengths: Sequence[int]
@@ -321,7 +332,7 @@ class LM:
             places = [[("place", Place.parse(edits))]] * len(rows)
         else:
             edits = as_edits(edits)
-            self._call(chat.pad(rows, chat.pad_id(self.tokenizer)), edits)
+            self.taps.check(self._call(chat.pad(rows, chat.pad_id(self.tokenizer)), edits))
             own = [edits] * len(rows) if isinstance(edits, Edit) else edits or [None] * len(rows)
             parts = [edit.parts() if edit is not None else [] for edit in own]
             places = [[(type(part).__name__, part.place) for part in row] for row in parts]
@@ -512,8 +523,8 @@ class LM:
 
         The first answer of each batch size compiles (about a minute for 30 layers on two cores);
         after that a change of edit, of its values or of its rows recompiles nothing. Additions at
-        generated tokens run compiled; other edits, streams that read, and beam search run as
-        without. ``options`` go to ``torch.compile``.
+        generated tokens run compiled; other edits (adapters too), streams that read, and beam
+        search run as without. ``options`` go to ``torch.compile``.
         """
         self._compiled = Compiled(self, **options)
         return self
@@ -664,7 +675,7 @@ class LM:
     def _score(self, batch: Batch, edits: Edits) -> Tensor:
         call = self._call(batch, edits, batch.lengths.tolist())
         longest = int((batch.lengths - batch.prompt_len).max())
-        wanted = any(v.requires_grad for step in call.steps for v in step.values.values())
+        wanted = any(step.differentiable for step in call.steps)
         grad = torch.is_grad_enabled() and wanted
         with torch.set_grad_enabled(grad), self.taps.carry(call, self.waits):
             out = self.forward(batch.ids, batch.mask, batch.positions, keep=longest + 1)

@@ -8,14 +8,15 @@ Letters: L layers, B rows, T tokens of a pass, N chosen tokens, D width.
 import hashlib
 import json
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from trimtab.edits import Edit, Readout, Values, described, to_spec, wide
+from trimtab.adapter import Adapter, Low, added, block_of
+from trimtab.edits import Edit, Readout, Values, When, described, to_spec, wide
 from trimtab.errors import PlaceError
 from trimtab.place import Place, Selection, Tokens
 
@@ -39,7 +40,8 @@ def merge(
                 family = parts[stage].place.site, parts[stage].family()
                 groups.setdefault(family, []).append((row, parts[stage]))
         for members in groups.values():
-            step = _stack(members, prompt_len, lengths, n_layers, width)
+            stack = _stack if adapter_of(members[0][1]) is None else _side_by_side
+            step = stack(members, prompt_len, lengths, n_layers, width)
             if bool(step.acts.any()):
                 steps.append(step)
     return steps
@@ -135,6 +137,11 @@ class Step:
         order = self.selection.order(positions)
         return mask & (order < self.counts[:, None]), order
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether a gradient with respect to its values is wanted."""
+        return any(v.requires_grad for v in self.values.values())
+
     def _at(self, layer: int, x: Tensor) -> tuple[Values, Tensor | None]:
         """Values [B or 1, 1 or N, D'] and acting rows [B, 1] of one layer, on the right device."""
         if layer not in self.ready:
@@ -158,6 +165,71 @@ class Step:
         return replace(made, counts=counts, split={}, ready={})
 
 
+class Beside(NamedTuple):
+    """The matrices beside one module, S ranks in all, and how much of each a row takes."""
+
+    down: Tensor  # [S, in]
+    up: Tensor  # [out, S]
+    scale: float | Tensor  # one for every row and rank, or [B, S]
+
+
+@dataclass
+class Worn(Step):
+    """A stage of a run's adapters: those of all rows side by side, another share in each row.
+
+    They act beside linear modules, not at sites: ``layers`` and ``values`` are empty. Rows may take
+    the same matrices with other strengths: what there is to multiply grows with the adapters, not
+    with the rows.
+    """
+
+    modules: dict[str, Beside] = field(default_factory=dict)
+    placed: dict[str, Beside] = field(default_factory=dict)  # on the module's device, in its dtype
+
+    def adapt(self, name: str, x: Tensor, output: Tensor, mask: Tensor | None) -> Tensor:
+        """A linear module's output for its input ``x``; ``mask`` [B, T] chooses tokens."""
+        down, up, scale = self._placed(name, x.dtype, output.device)
+        if mask is None and isinstance(scale, float):
+            return added(output, x, down, up, scale)
+        shape = x.shape[:-1]
+        if mask is not None and mask.numel() != shape.numel():
+            raise PlaceError(
+                f"module {name!r} is given tokens of the shape {list(shape)} in a pass of "
+                f"{list(mask.shape)}, such as a router chooses; there an adapter serves every row "
+                "and all tokens: leave the module out of this one"
+            )
+        if isinstance(scale, Tensor):
+            scale = scale[:, None].expand(-1, shape.numel() // len(scale), -1)
+            scale = scale.reshape(*shape, -1)
+        return added(output, x, down, up, scale, None if mask is None else mask.reshape(*shape, 1))
+
+    def choose(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        mask = self.selection.mask(positions)
+        # Pads too: nobody looks at them, and without a mask there is less to do.
+        return (mask | (positions < 0) if bool(mask.any()) else mask), None
+
+    def take(self, rows: Tensor) -> "Worn":
+        modules = {
+            name: b if isinstance(b.scale, float) else b._replace(scale=b.scale[rows])
+            for name, b in self.modules.items()
+        }
+        gate = self.gate.take(rows) if self.gate else None
+        selection, acts = self.selection.take(rows), self.acts[:, rows]
+        made = replace(self, modules=modules, selection=selection, gate=gate)
+        return replace(made, acts=acts, placed={})
+
+    @property
+    def differentiable(self) -> bool:
+        return any(b.down.requires_grad or b.up.requires_grad for b in self.modules.values())
+
+    def _placed(self, name: str, dtype: torch.dtype, device: torch.device) -> Beside:
+        if name not in self.placed:
+            down, up, scale = self.modules[name]
+            if isinstance(scale, Tensor):
+                scale = scale.to(device, wide(dtype))
+            self.placed[name] = Beside(down.to(device, dtype), up.to(device, dtype), scale)
+        return self.placed[name]
+
+
 @dataclass
 class Gate:
     """The condition of a ``When`` during a run: a running mean of readings, one per row."""
@@ -169,6 +241,7 @@ class Gate:
     selection: Selection
     total: Tensor  # [B] sum of readings over the tokens so far
     count: Tensor  # [B]
+    was_open: Tensor  # [B, tokens of all passes so far] bool
     seen: dict[int, Tensor] = field(default_factory=dict)  # this pass: layer -> [B, T]
     is_open: Tensor | None = None  # this pass: [B, T] bool
 
@@ -181,6 +254,7 @@ class Gate:
         self.seen, self.is_open = {}, None
         if first == 0:  # without a cache every pass reads all tokens again
             self.total, self.count = torch.zeros_like(self.total), torch.zeros_like(self.count)
+            self.was_open = self.was_open[:, :0]
 
     def read(self, x: Tensor, layer: int) -> None:
         """Take the reading of one layer."""
@@ -202,14 +276,14 @@ class Gate:
             count = self.count[:, None] + chosen.cumsum(1)
             self.is_open = (count > 0) & (total >= self.threshold[:, None] * count)
             self.total, self.count = total[:, -1], count[:, -1]
+            self.was_open = torch.cat([self.was_open, self.is_open], 1)
         return self.is_open
 
     def take(self, rows: Tensor) -> "Gate":
         values = {n: v[:, rows] if v.shape[1] > 1 else v for n, v in self.values.items()}
-        threshold, total, count = (t[rows] for t in (self.threshold, self.total, self.count))
-        return Gate(
-            self.readout, self.layers, values, threshold, self.selection.take(rows), total, count
-        )
+        by_row = {n: getattr(self, n)[rows] for n in ("threshold", "total", "count", "was_open")}
+        made = replace(self, values=values, selection=self.selection.take(rows), **by_row)
+        return replace(made, seen={}, is_open=None)
 
 
 def _rows(edits: Edits, n_rows: int) -> list[tuple[int | None, list[Edit]]]:
@@ -276,6 +350,89 @@ def _stack(
     return step
 
 
+def adapter_of(edit: Edit) -> Adapter | None:
+    """The adapter that an edit is, or applies on a condition."""
+    inner = edit.edit if isinstance(edit, When) else edit
+    return inner if isinstance(inner, Adapter) else None
+
+
+def _side_by_side(
+    members: list[tuple[int | None, Edit]],
+    prompt_len: Sequence[int],
+    lengths: Sequence[int],
+    n_layers: int,
+    width: int,
+) -> Worn:
+    """The same for adapters. Rows with the same matrices share them."""
+    rows, edits = [row for row, _ in members], [edit for _, edit in members]
+    adapters = [cast(Adapter, adapter_of(edit)) for edit in edits]
+    owned = {id(a.modules): a.modules for a in adapters}
+    numbers = {key: i for i, key in enumerate(owned)}
+    blocks = {id(a.modules): _layers_of(a, n_layers) for a in adapters}
+    shares = torch.zeros(n_layers, len(prompt_len), len(owned), dtype=torch.float64)
+    for row, a in zip(rows, adapters, strict=True):
+        where = [i for i in a.place.layer_indices(n_layers) if i in blocks[id(a.modules)]]
+        if not where:
+            raise PlaceError(
+                f"the Adapter at {str(a.place)!r} has no module there, only in layers "
+                f"{list(a.layers)}; name some of these"
+            )
+        shares[where, slice(None) if row is None else row, numbers[id(a.modules)]] = a.strength
+    alone = adapters[0].strength if rows[0] is None else None
+    step = Worn(
+        edit=edits[0],
+        site=edits[0].place.site,
+        layers={},
+        values={},
+        acts=(shares != 0).any(-1),
+        selection=_select([(r, e.place) for r, e in members], prompt_len, lengths),
+        modules=_beside(list(owned.values()), shares, alone),
+    )
+    if edits[0].condition() is not None:
+        step.gate = _gate(members, prompt_len, lengths, n_layers, width)
+    return step
+
+
+def _layers_of(adapter: Adapter, n_layers: int) -> tuple[int, ...]:
+    if (deepest := adapter.layers[-1]) >= n_layers:
+        raise PlaceError(
+            f"the Adapter has modules in layer {deepest}, but this model has layers "
+            f"0..{n_layers - 1}; was it made for another model?"
+        )
+    return adapter.layers
+
+
+def _beside(
+    owned: Sequence[Mapping[str, Low]], shares: Tensor, alone: float | None
+) -> dict[str, Beside]:
+    """What stands beside each module; ``shares`` [L, B, adapters], or ``alone`` for all rows."""
+    found: dict[str, Beside] = {}
+    for name in dict.fromkeys(name for modules in owned for name in modules):
+        own = shares[block_of(name)]
+        having = [
+            (modules[name], own[:, i : i + 1])
+            for i, modules in enumerate(owned)
+            if name in modules and bool(own[:, i].any())
+        ]
+        if len(sizes := {(low.down.shape[1], low.up.shape[0]) for low, _ in having}) > 1:
+            told = " and ".join(f"{i} inputs to {o} outputs" for i, o in sorted(sizes))
+            raise PlaceError(
+                f"the Adapters of this batch take {told} at {name!r}; were they made for different "
+                "models?"
+            )
+        if having and alone is not None:
+            low = having[0][0]
+            found[name] = Beside(low.down, low.up, low.scale * alone)
+        elif having:
+            device = having[0][0].down.device
+            found[name] = Beside(
+                torch.cat([low.down.to(device) for low, _ in having]),
+                torch.cat([low.up.to(device) for low, _ in having], 1),
+                torch.cat([(share * low.scale).expand(-1, low.rank) for low, share in having], 1),
+            )
+    return found
+
+
 def _counts(tables: list[tuple[int | None, tuple[int, ...], Values]], n_rows: int) -> Tensor | None:
     """How many tokens each row's values are for, [B]; None where they serve any number."""
     counts = torch.zeros(n_rows, dtype=torch.long)
@@ -315,6 +472,7 @@ def _gate(
         selection=_select(places, prompt_len, lengths),
         total=torch.zeros(n_rows),
         count=torch.zeros(n_rows),
+        was_open=torch.zeros(n_rows, 0, dtype=torch.bool),
     )
 
 

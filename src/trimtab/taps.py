@@ -1,14 +1,15 @@
 """Taps: run edits and readings inside a forward pass. Knows modules, positions and numbers.
 
 Knows nothing of text or files. Hooks are installed once; what they do is carried by a ``Call``,
-one per run, and while no call is carried they do nothing. Positions are computed once per pass and
-values are looked up by position, never by counting calls: a run with a cache and one without give
-the same numbers.
+one per run, and while no call is carried they do nothing. Only the modules that an adapter acts
+beside get hooks of their own, for the passes of a call that carries one. Positions are computed
+once per pass and values are looked up by position, never by counting calls: a run with a cache and
+one without give the same numbers.
 """
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, first_tensor, with_first
 from trimtab.errors import BusyError, PlaceError
-from trimtab.merge import Step
+from trimtab.merge import Step, Worn
 from trimtab.place import Place, Selection
 from trimtab.recording import Chunk, Track
 
 Key = tuple[str, int]  # site, layer
+Chosen = tuple[Tensor | None, Tensor | None]  # see Call._choose
 
 
 class Stop(Exception):
@@ -119,8 +121,9 @@ class Call:
         self.checkpointed = False  # a backward pass may run the inside of blocks again
         self.replaying = False
         self.thread: int | None = None
-        self.positions = clock.columns
+        self.first, self.positions = 0, clock.columns
         self.remaining = 0
+        self.modules: dict[str, nn.Module] = {}  # those that adapters act beside
         self._index()
 
     def _index(self) -> None:
@@ -128,7 +131,10 @@ class Call:
         self.gates: dict[Key, list[Step]] = {}
         self.before: dict[Key, list[Reader]] = {}
         self.after: dict[Key, list[Reader]] = {}
+        self.worn: dict[str, list[Worn]] = {}
         for step in self.steps:
+            for name in step.modules if isinstance(step, Worn) else ():
+                self.worn.setdefault(name, []).append(step)  # type: ignore[arg-type]
             for layer in step.layers:
                 self.writes.setdefault((step.site, layer), []).append(step)
             for layer in step.gate.layers if step.gate else ():
@@ -149,8 +155,8 @@ class Call:
         """A new pass over ``width`` columns from column ``first``, ``rows`` rows of it."""
         if rows != self.rows:
             self._widen(rows)
-        self.positions = self.clock.positions(first, width)
-        self.chosen: dict[tuple[int, torch.device], tuple[Tensor | None, Tensor | None]] = {}
+        self.first, self.positions = first, self.clock.positions(first, width)
+        self.chosen: dict[tuple[int, torch.device, bool], Chosen] = {}
         self.remaining = sum(len(r.layers) for r in self.readers)
         if not self.replaying:
             for reader in self.readers:
@@ -192,24 +198,45 @@ class Call:
             raise Stop
         return x
 
+    def adapt(self, name: str, x: Tensor, output: Tensor) -> Tensor:
+        """What leaves a linear module that was given ``x`` and gives ``output`` by itself."""
+        # Some modules are given the whole text again, from the cache: DeepSeek's keys and values.
+        whole = x.shape[:-1].numel() == self.rows * (self.first + self.positions.shape[1])
+        for step in self.worn[name]:
+            mask, _ = self._chosen(step, output.device, whole)
+            if mask is None or mask.numel():
+                output = step.adapt(name, x, output, mask)
+        return output
+
     def _read(self, reader: Reader, x: Tensor) -> None:
         reader.read(x)
         self.remaining -= 1
 
     def _apply(self, step: Step, x: Tensor, layer: int) -> Tensor:
-        where = (id(step), x.device)
-        if where not in self.chosen:
-            self.chosen[where] = self._choose(step, x.device)
-        mask, order = self.chosen[where]
+        mask, order = self._chosen(step, x.device)
         if mask is not None and mask.numel() == 0:
             return x
         return step.apply(x, layer, mask, order)
 
-    def _choose(self, step: Step, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """Which tokens of this pass a step touches (None = all, empty = none), and their order."""
-        mask, order = step.choose(self.positions)
+    def _chosen(self, step: Step, device: torch.device, whole: bool = False) -> Chosen:
+        """``_choose``, once in a pass."""
+        where = (id(step), device, whole and self.first > 0)
+        if where not in self.chosen:
+            self.chosen[where] = self._choose(step, device, where[2])
+        return self.chosen[where]
+
+    def _choose(self, step: Step, device: torch.device, whole: bool) -> Chosen:
+        """Which tokens of this pass a step touches (None = all, empty = none), and their order.
+
+        ``whole``: of all passes so far.
+        """
+        width = self.positions.shape[1]
+        mask, order = step.choose(
+            self.clock.positions(0, self.first + width) if whole else self.positions
+        )
         if step.gate:
-            mask = mask & step.gate.decide(step.gate.selection.mask(self.positions))
+            is_open = step.gate.decide(step.gate.selection.mask(self.positions))
+            mask = mask & (step.gate.was_open if whole else is_open)
         if not bool(mask.any()):
             return mask.new_zeros(0), None
         order = None if order is None else order.to(device)
@@ -282,6 +309,15 @@ class Slots:
         return x
 
 
+@contextmanager
+def beside(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Forward hooks that are on inside, before all others: those see what these have made of it."""
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            stack.callback(module.register_forward_hook(hook, prepend=True).remove)
+        yield
+
+
 class Taps:
     """The hooks of one model. ``carry`` makes a call active for the passes inside it."""
 
@@ -321,10 +357,11 @@ class Taps:
         with self.held(wait):
             if self.call is not None:
                 raise BusyError("this thread is in the middle of a run of the same model")
-            self._check(call)
+            self.check(call)
             call.thread, self.call = threading.get_ident(), call
             try:
-                yield
+                with beside((m, self._on_linear(n, m)) for n, m in call.modules.items()):
+                    yield
             finally:
                 self.call = None
 
@@ -352,13 +389,28 @@ class Taps:
         """A copied model brings these taps along, idle; an LM made of it installs its own."""
         return self
 
-    def _check(self, call: Call) -> None:
+    def check(self, call: Call) -> None:
+        """Raise PlaceError if this model lacks a site or a module that the call is for."""
         for site, layer in call.keys:
             self.anatomy.tap(site, layer)  # raises, with the sites that there are
+        for name, worn in call.worn.items():
+            if name not in call.modules:
+                call.modules[name] = self._module(name, worn)
         call.checkpointed = torch.is_grad_enabled() and any(
             getattr(block, "gradient_checkpointing", False) and block.training
             for block in self.anatomy.blocks
         )
+
+    def _module(self, name: str, worn: list[Worn]) -> nn.Module:
+        module, (inside, outside) = self.anatomy.linear(name)
+        for own in (step.modules[name] for step in worn):
+            if (own.down.shape[1], own.up.shape[0]) != (inside, outside):
+                raise PlaceError(
+                    f"the Adapter takes {own.down.shape[1]} inputs to {own.up.shape[0]} outputs at "
+                    f"{name!r}, but this model's module {inside} to {outside}; was it made for "
+                    "another model?"
+                )
+        return module
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = self.call
@@ -378,6 +430,15 @@ class Taps:
         if side == "out":
             return module.register_forward_hook(self._on_output(key))
         return module.register_forward_pre_hook(self._on_input(key), with_kwargs=True)
+
+    def _on_linear(self, name: str, own: nn.Module) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            call = self.call
+            if call is None or call.thread not in (None, threading.get_ident()):
+                return None
+            return call.adapt(name, args[0], output) if module is own else None  # not of a copy
+
+        return hook
 
     def _visitor(self, key: Key, module: nn.Module) -> Callable[[Key, Tensor], Tensor] | None:
         """What is to be done at a tap in this pass, if anything."""

@@ -190,7 +190,8 @@ def _find(lm: "LM", name: str) -> Any:
     path = Path(name).expanduser()
     if path.suffix in (".jsonl", ".json", ".csv") and path.is_file():
         raise TrimtabError(f"{name} holds examples; learn from them first: trimtab fit {name}")
-    if path.is_file() or (path / "artifact.json").is_file():
+    markers = ("artifact.json", "adapter_config.json")  # ours, and PEFT's
+    if path.is_file() or any((path / marker).is_file() for marker in markers):
         return tt.load(path)
     known = tt.data.names()
     if name not in known:

@@ -31,11 +31,13 @@ def show(
 
 def _artifact(path: Path) -> dict[str, Any]:
     import trimtab as tt
-    from trimtab import artifact
+    from trimtab import adapter, artifact
 
-    if path.is_file():  # a foreign format: what can be said of it is what loading finds
+    if path.is_file() or (path / adapter.CONFIG_NAME).is_file():
+        # A foreign format: what can be said of it is what loading finds.
         made = tt.load(path)
-        kind = f"{type(made).__name__.lower()} from a foreign file"
+        what = "file" if path.is_file() else "folder"
+        kind = f"{type(made).__name__.lower()} from a foreign {what}"
         return {"path": str(path), "kind": kind, "place": str(made.place), **vars(made.meta)}
     parts = artifact.read(path)  # raises where the tensors are not as they were written
     facts = {"path": str(path), "kind": parts.kind, "place": parts.place, **vars(parts.meta)}

@@ -23,7 +23,7 @@ def steer(
     prompts: Annotated[
         Path | None, typer.Option(help="Ordinary instructions: .txt, a line each.")
     ] = None,
-    find: Annotated[str, typer.Option(help="lora (a low-rank map) or add (a vector).")] = "lora",
+    find: Annotated[str, typer.Option(help="lora (an adapter) or add (a vector).")] = "lora",
     layers: Annotated[
         str | None, typer.Option(help="Such as 5:16; by default all up to the read layer.")
     ] = None,
@@ -31,7 +31,10 @@ def steer(
         bool, typer.Option("--one-layer", help="One loss at the read layer, not one per layer.")
     ] = False,
     samples: Annotated[int, typer.Option(min=1, help="Instructions gone through.")] = 30,
-    lr: Annotated[float, typer.Option(help="The step, in units of a layer's usual length.")] = 3e-4,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Adam's step; of vectors, in units of a layer's usual length."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the order.")] = 0,
 ) -> None:
     """Steer by a sentence: find the edit under which a reader would say so of the model."""

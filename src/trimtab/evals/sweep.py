@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from trimtab.adapter import Adapter
 from trimtab.artifact import user_path, write_file
 from trimtab.chat import Batch
 from trimtab.edits import Add, Edit, Sum
@@ -214,10 +215,13 @@ def random_like(edit: Edit, seed: int) -> Edit:
     """The edit with each direction replaced by a random one of the same length and kind.
 
     The direction depends on ``seed`` and the layer alone, so that edits of other sizes get the same
-    one. Takes an ``Add``, or a sum of these; raises ValueError for others.
+    one. An ``Adapter`` keeps what it looks at, and what it adds there has random directions. Raises
+    ValueError for edits of another kind.
     """
     if isinstance(edit, Sum):
         return Sum.of(*(random_like(part, seed) for part in edit.parts()))
+    if isinstance(edit, Adapter):
+        return _random_adapter(edit, seed)
     if not isinstance(edit, Add):
         raise ValueError(
             f"there is no random direction for {type(edit).__name__}; leave 'random' out of "
@@ -230,6 +234,16 @@ def random_like(edit: Edit, seed: int) -> Edit:
     length = torch.linalg.vector_norm(edit.delta, dim=-1, keepdim=True)
     shape = (layers, *(1,) * (edit.delta.dim() - 2), -1)
     return replace(edit, delta=unit.view(shape) * length)
+
+
+def _random_adapter(edit: Adapter, seed: int) -> Adapter:
+    generator, made = torch.Generator().manual_seed(seed), {}
+    for name, low in edit.modules.items():
+        noise = torch.randn(low.up.shape, generator=generator).to(low.up)
+        length = torch.linalg.vector_norm(low.up, dim=0, keepdim=True)
+        unit = noise / torch.linalg.vector_norm(noise, dim=0, keepdim=True)
+        made[name] = replace(low, up=unit * length)
+    return replace(edit, modules=made, strength=abs(edit.strength))
 
 
 def perplexity(lm: LM, texts: Sequence[Any], edits: Edits = None, *, batch_size: int = 32) -> float:

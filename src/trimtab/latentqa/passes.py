@@ -37,6 +37,25 @@ def checkpointed(lm: LM) -> Iterator[None]:
             block.training = flag
 
 
+@contextmanager
+def cut(lm: LM) -> Iterator[None]:
+    """Each block's input comes without its graph: gradients reach what acts in that block only."""
+
+    def detach(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return tuple(map(_detached, args)), {k: _detached(v) for k, v in kwargs.items()}
+
+    handles = [b.register_forward_pre_hook(detach, with_kwargs=True) for b in lm.anatomy.blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
 def _switch(model: Any, what: str, *options: Any) -> None:
     """Gradient checkpointing, under whichever of its two names this transformers has."""
     for kind in ("activation", "gradient"):
