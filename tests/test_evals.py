@@ -100,6 +100,19 @@ def test_broken_text_counts_as_no_effect():
     assert np.isfinite(tt.evals.pnes(SCALES, effects, broken).value)
 
 
+def test_points_of_broken_text_say_nothing_of_b_unless_all_are_like_that():
+    """The bound is the paper's 2,000, also where the plain perplexity is above 20."""
+    clean = 90 * np.exp(2e-5 * SCALES**2)
+    costs = np.where(abs(SCALES) == 256, 5000.0, clean)  # off the curve, below 100 times the plain
+    assert tt.evals.pnes(SCALES, SCALES / 300, costs).b == pytest.approx(2e-5)
+    value, r2 = by_hand(SCALES, SCALES / 300, costs)
+    found = tt.evals.pnes(SCALES, SCALES / 300, costs)
+    assert (found.value, found.r2) == pytest.approx((value, r2), rel=1e-4)
+    # A model that knows nothing of the text: its ratios still tell.
+    large = np.where(abs(SCALES) == 256, 1e9, 3000 * np.exp(2e-5 * SCALES**2))
+    assert tt.evals.pnes(SCALES, SCALES / 300, large).b == pytest.approx(2e-5)
+
+
 def test_low_and_high_effects_stay_within_the_perplexity_bound():
     effects, perplexities = CURVES["no point with a low perplexity"]
     found = tt.evals.pnes(SCALES, effects, perplexities)
