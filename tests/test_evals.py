@@ -360,6 +360,39 @@ def test_a_journal_belongs_to_one_job(tmp_path):
     assert json.loads(path.read_text().splitlines()[0]) == {"job": {"scales": [1]}}
 
 
+@pytest.mark.parametrize(
+    "there, now, told",
+    [
+        ({"o": {"a": 1, "b": 4}}, {"o": {"a": 1, "b": 5}}, r"o\.b: 4 there, 5 now"),
+        ({"o": {"a": 1}}, {"o": {"a": 1, "b": 5}}, r"o\.b: null there, 5 now"),
+        ({"j": [{"q": "x" * 80}, 1]}, {"j": [{"q": "x" * 80}, 2]}, r"j\.1: 1 there, 2 now"),
+        ({"q": "x" * 80 + "a"}, {"q": "x" * 80 + "b"}, r'q: "\.+x+a" there, "\.+x+b" now'),
+        ({"j": [1]}, {"j": {"a": 1}}, r"j: \[1\] there, \{\"a\": 1\} now"),
+    ],
+)
+def test_a_journal_says_what_differs_however_deep(tmp_path, there, now, told):
+    with Journal(tmp_path / "j.jsonl", there) as journal:
+        journal.piece("a", lambda: 1)
+    with pytest.raises(ArtifactError, match=told):
+        Journal(tmp_path / "j.jsonl", now)
+
+
+def test_a_journal_without_a_piece_blocks_nobody(tmp_path):
+    path = tmp_path / "j.jsonl"
+    Journal(path, {"place": "nowhere"}).__exit__()
+    with Journal(path, {"place": "here"}) as journal:
+        journal.piece("a", lambda: 1)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"job": {"place": "here"}},
+        {"key": "a", "value": 1},
+    ]
+    for other in ('{"job": {}, "more": 1}', '{"mine": 1}', "[1]"):  # control: another file stays
+        path.write_text(f"{other}\n")
+        with pytest.raises(ArtifactError, match="another job"):
+            Journal(path, {"place": "here"})
+        assert path.read_text() == f"{other}\n"
+
+
 # --- tuning ---------------------------------------------------------------------------------------
 
 
