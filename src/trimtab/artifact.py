@@ -82,11 +82,11 @@ def register_foreign(reader: Callable[[dict[str, Tensor], Path], Any | None]) ->
 def save(path: str | Path, parts: Parts) -> None:
     """Write an artifact folder, whole or not at all. An artifact of that name is replaced.
 
-    Raises ArtifactError where something else stands there, or where it cannot be written.
+    Raises ArtifactError where something else stands there (see ``check_free``), or where it cannot
+    be written.
     """
     target = user_path(path)
-    if os.path.lexists(target) and not (target / JSON_NAME).is_file():
-        raise ArtifactError(f"{target} exists and is not an artifact; choose another name")
+    check_free(target)
     made: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +100,21 @@ def save(path: str | Path, parts: Parts) -> None:
     finally:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
+
+
+def check_free(path: str | Path) -> None:
+    """Raise ArtifactError where saving would delete what is no part of an artifact."""
+    target = user_path(path)
+    if not os.path.lexists(target):
+        return
+    if not (target / JSON_NAME).is_file():
+        raise ArtifactError(f"{target} exists and is not an artifact; choose another name")
+    others = sorted({file.name for file in target.iterdir()} - {JSON_NAME, TENSORS_NAME})
+    if others:
+        raise ArtifactError(
+            f"{target} is an artifact that also holds {', '.join(others[:3])}, which saving would "
+            "delete; choose another name, or move that away"
+        )
 
 
 def _write(folder: Path, parts: Parts) -> None:

@@ -174,8 +174,12 @@ def fit(
 
 def check_free(out: Path) -> None:
     """Fail before the work, not after it, where the result cannot be saved."""
-    if out.exists() and not (out / "artifact.json").is_file():
-        raise TrimtabError(f"{out} exists and is not an artifact; choose another name with --out")
+    from trimtab import artifact
+
+    try:
+        artifact.check_free(out)
+    except TrimtabError as error:
+        raise TrimtabError(f"{error} (--out)") from None
 
 
 def load_model(source: str) -> "LM":
