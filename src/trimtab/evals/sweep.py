@@ -26,7 +26,7 @@ from trimtab.errors import ArtifactError, ChatError
 from trimtab.evals.pnes import Pnes, pnes
 from trimtab.evals.scorers import Scorer, prompt_text, score, scorer_identity
 from trimtab.journal import Journal
-from trimtab.lm import LM, listed_prompts
+from trimtab.lm import LM, listed_prompts, plain_prompts
 from trimtab.merge import Edits, fingerprint
 
 BASELINES = ("random", "flipped", "prompt")
@@ -390,10 +390,10 @@ class _Plan:
 
 def prompts_of(prompts: Any) -> list[Any]:
     """Prompts as a list of texts and conversations, whatever holds them."""
-    listed, _ = listed_prompts(prompts)
+    listed = plain_prompts(prompts)
     if not listed:
         raise ValueError("there are no prompts to answer; give at least one")
-    return [list(p.messages) if hasattr(p, "messages") else p for p in listed]
+    return listed
 
 
 def model_identity(lm: LM) -> dict[str, Any]:
