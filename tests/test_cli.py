@@ -142,6 +142,24 @@ def test_fit_without_held_out_prompts_shows_training_only(model, examples, tmp_p
     assert "train" in done.out and "held out" not in done.out
 
 
+def test_fit_shows_a_base_model_answered_prompts_first(examples, tmp_path):
+    folder = tmp_path / "base"
+    model_zoo.ARCHITECTURES["llama"](max_position_embeddings=1024).save_pretrained(folder)
+    tokenizers_zoo.byte_tokenizer().save_pretrained(folder)
+    made = []
+    for shots in (0, 2):
+        done = trimtab("fit", examples, "-m", folder, "--out", tmp_path / "j", "--few-shot", shots)
+        assert done.code == 0, done
+        assert f"from {4 * (8 - shots)} examples" in done.err
+        made.append(tt.load(tmp_path / "j"))
+    wanted = tt.concepts.fit(
+        tt.LM.load(str(folder)), tt.data.read(examples, few_shot=2), "resid@0: answer[:16]"
+    )
+    assert made[1].weight.equal(wanted.weight) and not made[0].weight.equal(wanted.weight)
+    done = trimtab("fit", examples, "-m", folder, "--out", tmp_path / "j", "--few-shot", 8)
+    assert done.code == 2 and "give a smaller k" in done.err
+
+
 def test_fit_warns_of_what_the_probe_could_learn_instead(model, tmp_path):
     file = tmp_path / "odd.jsonl"
     rows = [{"prompt": "?", "completion": f"yes {i}", "label": 1} for i in range(6)]
