@@ -19,7 +19,7 @@ import model_zoo
 import tokenizers_zoo
 import trimtab as tt
 from trimtab.errors import ArtifactError
-from trimtab.evals.scorers import scorer_identity
+from trimtab.evals.identity import scorer_identity
 from trimtab.evals.sweep import asking
 from trimtab.journal import Journal
 

@@ -29,7 +29,7 @@ class Journal:
         self._done: dict[str, Any] = {}
         self._lock = threading.Lock()
         if self.path is not None:
-            self._open(self.path, json.loads(json.dumps(dict(job))))
+            self._open(self.path, as_json(job))
 
     def piece(self, key: str, make: Callable[[], T]) -> T:
         """The piece of this name: read if it was finished before, else made and written."""
@@ -85,6 +85,14 @@ class Journal:
         self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def as_json(job: Mapping[str, Any]) -> dict[str, Any]:
+    """A job as its file holds it. An error in it is raised: it says what could not be told."""
+    if errors := [value for value in job.values() if isinstance(value, Exception)]:
+        raise errors[0]
+    found: dict[str, Any] = json.loads(json.dumps(dict(job)))
+    return found
 
 
 def _is_bare(entries: list[Any]) -> bool:
