@@ -253,6 +253,49 @@ def test_an_unknown_judge_is_told(model, probe, prompts, judge, told):
     assert done.code == 2 and told in done.err
 
 
+@pytest.mark.parametrize("command", [("eval", "sweep"), ("tune",)])
+def test_what_is_wrong_with_a_measurement_is_told_before_a_model_is_loaded(
+    probe, prompts, tmp_path, command
+):
+    (tmp_path / "two.txt").write_text("Fine.\nNothing.\n")
+    cases = [(["-j", "nobody"], "no judge 'nobody'"), (["-j", f"probe:{tmp_path}"], "no artifact")]
+    if command[0] == "eval":
+        cases += [
+            (["-j", WORDS, "--scales", "0,x"], "--scales are numbers"),
+            (["-j", WORDS, "--scales", "0,inf"], "--scales are numbers"),
+            (["-j", WORDS, "--reference", tmp_path / "two.txt"], "2 reference answers for 3"),
+            (["-j", WORDS, "--reference", tmp_path / "no.txt"], "cannot read reference answers"),
+        ]
+    for options, told in cases:
+        done = trimtab(*command, probe, "-p", prompts, "-m", "./never-loaded", *options)
+        assert done.code == 2 and told in done.err, done
+        assert "Loading" not in done.err
+    done = trimtab(*command, probe, "-p", prompts, "-m", "./never-loaded", "-j", WORDS)
+    assert "never-loaded" in done.err  # control: this one is loaded
+
+
+def test_eval_sweep_takes_reference_answers(model, probe, prompts, tmp_path):
+    asked, answers = prompts.read_text().splitlines(), ["Fine.", "Nothing.", "Once, long ago."]
+    (tmp_path / "a.txt").write_text("\n".join(answers) + "\n\n")
+    (tmp_path / "a.json").write_text(json.dumps([{"text": a} for a in answers]))
+    pairs = [{"prompt": p, "completion": a} for p, a in zip(asked, answers, strict=True)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*pairs, *pairs[:1]])))
+    options = ["-p", prompts, "-j", WORDS, "-m", model, "--max-new-tokens", 2, "--scales", "0,0.1"]
+    found = {}
+    for name in ("a.txt", "a.json", "a.jsonl", None):
+        own = ["--reference", tmp_path / name] if name else []
+        own += ["--out", tmp_path / f"swept-{name}"]
+        done = trimtab("eval", "sweep", probe, *options, *own)
+        assert done.code == 0, done
+        found[name] = tt.evals.Sweep.load(tmp_path / f"swept-{name}" / "sweep.json").baseline
+    lm = tt.LM.load(str(model))
+    wanted = tt.evals.perplexities(lm, list(zip(asked, answers, strict=True))).tolist()
+    assert found["a.txt"].perplexities == pytest.approx(wanted, rel=1e-5)
+    assert found["a.json"].perplexities == found["a.txt"].perplexities
+    assert found["a.jsonl"].perplexities == pytest.approx([*wanted, wanted[0]], rel=1e-5)
+    assert found[None].perplexities != pytest.approx(wanted, rel=1e-2)
+
+
 @pytest.mark.slow
 def test_solve_then_distill(model, prompts, tmp_path):
     solved, controller = tmp_path / "solved", tmp_path / "controller"
