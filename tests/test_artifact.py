@@ -136,6 +136,20 @@ def test_something_else_is_never_overwritten(tmp_path):
     assert file.read_text() == "more work" and link.is_symlink()
 
 
+@pytest.mark.parametrize("name", ["thesis.txt", "edits/00000/artifact.json", ".git/config"])
+def test_an_artifact_that_holds_more_is_not_replaced(saved, name):
+    (saved / name).parent.mkdir(parents=True, exist_ok=True)
+    (saved / name).write_text("ten years of work")
+    with pytest.raises(ArtifactError, match=rf"also holds {name.split('/')[0]}, which saving"):
+        (2 * humor()).save(saved)
+    assert (saved / name).read_text() == "ten years of work"
+    assert torch.equal(tt.load(saved).delta, humor().delta)
+    shutil.rmtree(saved / name.split("/")[0], ignore_errors=True)
+    (saved / name).unlink(missing_ok=True)
+    (2 * humor()).save(saved)  # control: alone it is replaced
+    assert torch.equal(tt.load(saved).delta, (2 * humor()).delta)
+
+
 def test_a_path_through_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match=r"cannot write .*file/humor: Not a directory|exists"):

@@ -143,6 +143,24 @@ def test_fit_without_held_out_prompts_shows_training_only(model, examples, tmp_p
     assert "train" in done.out and "held out" not in done.out
 
 
+def test_fit_shows_a_base_model_answered_prompts_first(examples, tmp_path):
+    folder = tmp_path / "base"
+    model_zoo.ARCHITECTURES["llama"](max_position_embeddings=1024).save_pretrained(folder)
+    tokenizers_zoo.byte_tokenizer().save_pretrained(folder)
+    made = []
+    for shots in (0, 2):
+        done = trimtab("fit", examples, "-m", folder, "--out", tmp_path / "j", "--few-shot", shots)
+        assert done.code == 0, done
+        assert f"from {4 * (8 - shots)} examples" in done.err
+        made.append(tt.load(tmp_path / "j"))
+    wanted = tt.concepts.fit(
+        tt.LM.load(str(folder)), tt.data.read(examples, few_shot=2), "resid@0: answer[:16]"
+    )
+    assert made[1].weight.equal(wanted.weight) and not made[0].weight.equal(wanted.weight)
+    done = trimtab("fit", examples, "-m", folder, "--out", tmp_path / "j", "--few-shot", 8)
+    assert done.code == 2 and "give a smaller k" in done.err
+
+
 def test_fit_warns_of_what_the_probe_could_learn_instead(model, tmp_path):
     file = tmp_path / "odd.jsonl"
     rows = [{"prompt": "?", "completion": f"yes {i}", "label": 1} for i in range(6)]
@@ -234,6 +252,49 @@ def test_tune_stores_its_choice_in_the_artifact(model, probe, prompts, tmp_path)
 def test_an_unknown_judge_is_told(model, probe, prompts, judge, told):
     done = trimtab("eval", "sweep", probe, "-p", prompts, "-j", judge, "-m", model)
     assert done.code == 2 and told in done.err
+
+
+@pytest.mark.parametrize("command", [("eval", "sweep"), ("tune",)])
+def test_what_is_wrong_with_a_measurement_is_told_before_a_model_is_loaded(
+    probe, prompts, tmp_path, command
+):
+    (tmp_path / "two.txt").write_text("Fine.\nNothing.\n")
+    cases = [(["-j", "nobody"], "no judge 'nobody'"), (["-j", f"probe:{tmp_path}"], "no artifact")]
+    if command[0] == "eval":
+        cases += [
+            (["-j", WORDS, "--scales", "0,x"], "--scales are numbers"),
+            (["-j", WORDS, "--scales", "0,inf"], "--scales are numbers"),
+            (["-j", WORDS, "--reference", tmp_path / "two.txt"], "2 reference answers for 3"),
+            (["-j", WORDS, "--reference", tmp_path / "no.txt"], "cannot read reference answers"),
+        ]
+    for options, told in cases:
+        done = trimtab(*command, probe, "-p", prompts, "-m", "./never-loaded", *options)
+        assert done.code == 2 and told in done.err, done
+        assert "Loading" not in done.err
+    done = trimtab(*command, probe, "-p", prompts, "-m", "./never-loaded", "-j", WORDS)
+    assert "never-loaded" in done.err  # control: this one is loaded
+
+
+def test_eval_sweep_takes_reference_answers(model, probe, prompts, tmp_path):
+    asked, answers = prompts.read_text().splitlines(), ["Fine.", "Nothing.", "Once, long ago."]
+    (tmp_path / "a.txt").write_text("\n".join(answers) + "\n\n")
+    (tmp_path / "a.json").write_text(json.dumps([{"text": a} for a in answers]))
+    pairs = [{"prompt": p, "completion": a} for p, a in zip(asked, answers, strict=True)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*pairs, *pairs[:1]])))
+    options = ["-p", prompts, "-j", WORDS, "-m", model, "--max-new-tokens", 2, "--scales", "0,0.1"]
+    found = {}
+    for name in ("a.txt", "a.json", "a.jsonl", None):
+        own = ["--reference", tmp_path / name] if name else []
+        own += ["--out", tmp_path / f"swept-{name}"]
+        done = trimtab("eval", "sweep", probe, *options, *own)
+        assert done.code == 0, done
+        found[name] = tt.evals.Sweep.load(tmp_path / f"swept-{name}" / "sweep.json").baseline
+    lm = tt.LM.load(str(model))
+    wanted = tt.evals.perplexities(lm, list(zip(asked, answers, strict=True))).tolist()
+    assert found["a.txt"].perplexities == pytest.approx(wanted, rel=1e-5)
+    assert found["a.json"].perplexities == found["a.txt"].perplexities
+    assert found["a.jsonl"].perplexities == pytest.approx([*wanted, wanted[0]], rel=1e-5)
+    assert found[None].perplexities != pytest.approx(wanted, rel=1e-2)
 
 
 @pytest.mark.slow

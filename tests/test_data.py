@@ -6,10 +6,14 @@ import os
 import random
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+import model_zoo
+import tokenizers_zoo
+import trimtab as tt
 import trimtab.data as data
 from trimtab.data import Example, presets
 from trimtab.data.checks import telltale_word
@@ -238,6 +242,32 @@ def test_missing_and_unknown_files(tmp_path):
         data.read(tmp_path / "latin.csv")
 
 
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "x.jsonl", json.dumps(ROWS[0]))
+    write(tmp_path, "x.txt", "hello")
+    assert data.read("~/x.jsonl") == data.read(Path("~/x.jsonl")) == [Example(**ROWS[0])]
+    with pytest.raises(ArtifactError, match="known formats are"):
+        data.read("~/x.txt")
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("humor", "humor has no option 'limit'; it has columns"),
+        ("x.json", "x.json has no option 'limit'; it has columns"),
+        ("owner/name", "owner/name has no option 'limit'; it has columns, config, revision"),
+        ("truthfulqa", "truthfulqa has no option 'limit'; it has path"),
+        ("oasst1", "oasst1 has no option 'lmit'; it has path, label, limit, language"),
+        ("toxic-completions", "has no option 'split_'; it has path, concept, limit"),
+    ],
+)
+def test_an_unknown_option_names_those_that_there_are(source, told):
+    option = told.split("'")[1]
+    with pytest.raises(ArtifactError, match=told):
+        data.read(source, **{option: 3})
+
+
 # ---- the hub
 
 
@@ -294,7 +324,7 @@ def oasst_row(name: str, parent: str | None, humor: float | None = None, **more)
             "deleted": False, **more}  # fmt: skip
 
 
-def test_oasst1_takes_both_ends_of_the_direct_replies(monkeypatch):
+def test_oasst1_takes_both_ends_of_the_direct_replies(tmp_path):
     rows = [
         oasst_row("root", None, 0.9),
         *(oasst_row(f"r{i}", "root", i / 10) for i in range(6)),
@@ -304,31 +334,177 @@ def test_oasst1_takes_both_ends_of_the_direct_replies(monkeypatch):
         oasst_row("ungraded", "root", None),
     ]
     random.Random(0).shuffle(rows)
-    fake_hub(monkeypatch, rows)
-    examples = data.read("oasst1", label="humor", limit=4)
+    path = write(tmp_path, "x.jsonl", "\n".join(map(json.dumps, rows)))
+    examples = data.read("oasst1", path=path, label="humor", limit=4)
     assert {(e.completion, e.label) for e in examples} == {
         ("text r5", 1), ("text r4", 1), ("text r0", 0), ("text r1", 0)
     }  # fmt: skip
     assert {e.prompt for e in examples} == {"text root"}
-    assert len(data.read("oasst1")) == 6
+    assert len(data.read("oasst1", path=path)) == 6
     with pytest.raises(ArtifactError, match="label 'wit'.*'humor', 'spam'"):
-        data.read("oasst1", label="wit")
+        data.read("oasst1", path=path, label="wit")
 
 
 @pytest.mark.parametrize(
     ("toxic", "complied", "compliance", "appropriate"),
     [(0, 1, 1, 1), (0, 0, 0, 0), (1, 1, 1, 0), (1, 0, 0, 1)],
 )
-def test_toxic_completions(monkeypatch, toxic, complied, compliance, appropriate):
+def test_toxic_completions(tmp_path, toxic, complied, compliance, appropriate):
     row = {"prompt": "p", "completion": "c", "is_toxic": toxic, "is_compliant": complied,
            "label": 0, "jailbreaking": 0, "human_annotation": True}  # fmt: skip
     dropped = [{**row, "jailbreaking": 1}, {**row, "human_annotation": False}]
-    calls = fake_hub(monkeypatch, [row, *dropped])
-    assert data.read("toxic-completions") == [Example("p", "c", compliance)]
-    assert data.read("toxic-completions", concept="appropriateness")[0].label == appropriate
-    assert calls[0][0] == "dvruette/toxic-completions"
+    path = write(tmp_path, "x.json", [row, *dropped])
+    read = partial(data.read, "toxic-completions", path=path)
+    assert read() == [Example("p", "c", compliance)]
+    assert read(concept="appropriateness")[0].label == appropriate
     with pytest.raises(ArtifactError, match="no concept 'x'"):
-        data.read("toxic-completions", concept="x")
+        read(concept="x")
+
+
+def toxic_rows(n: int = 20) -> list[dict]:
+    return [
+        {"prompt": f"p{i}", "completion": f"c{i} {c}", "is_toxic": False, "is_compliant": bool(c),
+         "jailbreaking": 0, "human_annotation": True}
+        for i in range(n) for c in (0, 1)
+    ]  # fmt: skip
+
+
+def test_presets_read_files_of_every_format(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    table, text = datasets.Dataset.from_list(toxic_rows()), map(json.dumps, toxic_rows())
+    table.to_parquet(tmp_path / "x.parquet")
+    table.to_csv(tmp_path / "x.csv")
+    write(tmp_path, "x.jsonl", "\n".join(text))
+    write(tmp_path, "x.json", toxic_rows())
+    before = sorted(tmp_path.iterdir())
+    expected = [Example(r["prompt"], r["completion"], r["is_compliant"]) for r in toxic_rows()]
+    for name in ("x.parquet", "x.csv", "x.jsonl", "x.json"):
+        assert data.read("toxic-completions", path=f"~/{name}") == expected
+    assert sorted(tmp_path.iterdir()) == before
+    parts = [data.read("toxic-completions", s, path=tmp_path / "x.csv") for s in ("train", "test")]
+    assert tuple(parts) == data.split(expected)
+    one = {"question": "q", "best_answer": "a", "incorrect_answers": ["b"]}
+    path = write(tmp_path, "y.json", [one])
+    assert data.read("truthfulqa", path=path) == [Example("q", "a", 1), Example("q", "b", 0)]
+
+
+@pytest.mark.parametrize("name", ["oasst1", "toxic-completions", "truthfulqa"])
+def test_preset_files_that_do_not_fit(tmp_path, name):
+    with pytest.raises(ArtifactError, match="known formats are .json, .jsonl, .csv, .parquet"):
+        data.read(name, path=tmp_path / "x.txt")
+    with pytest.raises(ArtifactError, match="cannot open .*none.json: no such file"):
+        data.read(name, path=tmp_path / "none.json")
+    with pytest.raises(ArtifactError, match=r"not a .*(row|OASST1|completions).*no '\w+' among"):
+        data.read(name, path=write(tmp_path, "x.json", ROWS))
+    with pytest.raises(ArtifactError, match="cannot read .*y.json as json"):
+        data.read(name, path=write(tmp_path, "y.json", "{oops"))
+
+
+def test_presets_of_the_hub(monkeypatch):
+    row = {**oasst_row("a", None), **oasst_row("b", "a", 0.5), **toxic_rows(1)[0]}
+    calls = fake_hub(monkeypatch, [{**row, "parent_id": None}, row])
+    data.read("toxic-completions", "test")
+    with pytest.raises(ArtifactError, match="no 'en' reply"):
+        data.read("oasst1")
+    assert calls == [
+        ("dvruette/toxic-completions", None, "test", None),
+        ("OpenAssistant/oasst1", None, "train", None),
+    ]
+
+
+# ---- few-shot
+
+
+def questions(n: int = 20) -> list[Example]:
+    return [Example(f"q{i}?", f"a{i} {c}", c) for i in range(n) for c in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("k", "label", "labels"),
+    [(0, None, []), (1, 0, [0]), (5, None, [1, 0, 1, 0, 1]), (3, 1, [1] * 3), (2, 0.2, [0] * 2)],
+)
+def test_shots_are_answered_prompts_that_nobody_is_asked(k, label, labels):
+    made = data.few_shot(questions(), k, label=label)
+    shots = made[0].history
+    asked, told = ([m["content"] for m in shots[start::2]] for start in (0, 1))
+    assert [m["role"] for m in shots] == ["user", "assistant"] * k
+    answers = {e.completion: e for e in questions()}
+    assert [answers[text].label for text in told] == labels
+    assert [answers[text].prompt for text in told] == asked and len(set(asked)) == k
+    assert all(example.history == shots for example in made)
+    assert not {example.prompt for example in made} & set(asked)
+    kept = [e for e in questions() if e.prompt not in asked]  # all others, in their order
+    assert [(e.prompt, e.completion, e.label) for e in made] == [
+        (e.prompt, e.completion, e.label) for e in kept
+    ]
+
+
+def test_shots_depend_on_the_examples_and_the_seed_alone():
+    state = random.getstate()
+    first = data.few_shot(questions(), 4, seed=3)
+    assert random.getstate() == state
+    mixed = random.Random(1).sample(questions(), 40)
+    assert data.few_shot(mixed, 4, seed=3)[0].history == first[0].history
+    assert data.few_shot(questions(), 4, seed=4)[0].history != first[0].history
+
+
+def test_shots_stand_before_a_history_and_have_none():
+    history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    later = [Example(f"later{i}?", "b", 1, history) for i in range(30)]
+    made = data.few_shot([*questions(4), Example("", "a statement"), *later], 2)
+    shots = made[0].history
+    assert all(m["content"][0] in "qa" for m in shots) and len(shots) == 4
+    assert made[-1].history == (*shots, *history)
+
+
+@pytest.mark.parametrize(
+    ("examples", "k", "label"),
+    [([], 1, None), (questions(2), 2, None), (questions(2), 3, 1), (questions()[::2], 3, None)],
+)
+def test_too_few_examples_for_the_shots(examples, k, label):
+    with pytest.raises(TrimtabError, match=rf"too few for {k} shots .* give a smaller k"):
+        data.few_shot(examples, k, label=label)
+    with pytest.raises(TrimtabError, match="0 or more, not -1"):
+        data.few_shot(questions(), -1)
+
+
+def test_read_takes_shots(tmp_path):
+    rows = [{"prompt": e.prompt, "completion": e.completion, "label": e.label} for e in questions()]
+    path = write(tmp_path, "x.json", rows)
+    made = data.read(path, few_shot=2)
+    assert made == data.few_shot(questions(), 2)
+    train, test = data.read(path, "train", few_shot=2), data.read(path, "test", few_shot=2)
+    assert (train, test) == data.split(made) and train[0].history == test[0].history
+    assert data.read(path) == questions()  # control
+    toxic = write(tmp_path, "t.json", toxic_rows())
+    made = data.read("toxic-completions", path=toxic, few_shot=2)
+    assert {m["content"][-1] for m in made[0].history[1::2]} == {"0", "1"}
+    rows = [{"question": f"q{i}", "best_answer": "so", "incorrect_answers": ["no"]} for i in "abc"]
+    made = data.read("truthfulqa", path=write(tmp_path, "q.json", rows), few_shot=2)
+    assert [m["content"] for m in made[0].history[1::2]] == ["so", "so"]  # true ones, as published
+
+
+@pytest.mark.parametrize("template", [None, "chatml", "llama2"])
+def test_shots_are_what_the_model_reads(template):
+    """For a tokenizer without a chat template as questions and answers in plain text."""
+    tokenizer = tokenizers_zoo.byte_tokenizer(template)
+    lm = tt.LM(model_zoo.ARCHITECTURES["llama"](max_position_embeddings=1024), tokenizer)
+    asked = [Example(f"Is {i} odd?", f"{i} is {['even', 'odd'][i % 2]}.") for i in range(9)]
+    example = data.few_shot(asked, 2, label=1)[0]
+    row = lm.batch([example])
+    text, plain = tokenizer.decode(row.ids[0]), tokenizer.decode(lm.batch([example.prompt]).ids[0])
+    one, its, two, own, prompt = (m["content"] for m in example.messages)
+    turns = [one, its, two, own, prompt, example.completion]
+    assert [text.count(turn) for turn in turns] == [1] * 6
+    assert [text.index(turn) for turn in turns] == sorted(text.index(turn) for turn in turns)
+    if template is None:
+        shots = f"Question: {one}\nAnswer: {its}\n\nQuestion: {two}\nAnswer: {own}\n\n"
+        assert text == f"<s>{shots}Question: {prompt}\nAnswer: {example.completion}"
+    assert one not in plain and prompt in plain  # control
+    answer = row.ids[0][int(row.prompt_len[0]) :]
+    assert tokenizer.decode(answer).strip() == example.completion
 
 
 # ---- lint

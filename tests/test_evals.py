@@ -20,8 +20,8 @@ import model_zoo
 import tokenizers_zoo
 import trimtab as tt
 from trimtab.errors import ArtifactError
+from trimtab.evals.identity import scorer_identity
 from trimtab.evals.profile import contrast, slope, solved
-from trimtab.evals.scorers import scorer_identity
 from trimtab.evals.sweep import asking
 from trimtab.journal import Journal
 
@@ -100,6 +100,19 @@ def test_broken_text_counts_as_no_effect():
     broken = np.where(abs(SCALES) == 256, np.inf, perplexities)
     assert tt.evals.pnes(SCALES, effects, broken).b == pytest.approx(1e-5)
     assert np.isfinite(tt.evals.pnes(SCALES, effects, broken).value)
+
+
+def test_points_of_broken_text_say_nothing_of_b_unless_all_are_like_that():
+    """The bound is the paper's 2,000, also where the plain perplexity is above 20."""
+    clean = 90 * np.exp(2e-5 * SCALES**2)
+    costs = np.where(abs(SCALES) == 256, 5000.0, clean)  # off the curve, below 100 times the plain
+    assert tt.evals.pnes(SCALES, SCALES / 300, costs).b == pytest.approx(2e-5)
+    value, r2 = by_hand(SCALES, SCALES / 300, costs)
+    found = tt.evals.pnes(SCALES, SCALES / 300, costs)
+    assert (found.value, found.r2) == pytest.approx((value, r2), rel=1e-4)
+    # A model that knows nothing of the text: its ratios still tell.
+    large = np.where(abs(SCALES) == 256, 1e9, 3000 * np.exp(2e-5 * SCALES**2))
+    assert tt.evals.pnes(SCALES, SCALES / 300, large).b == pytest.approx(2e-5)
 
 
 def test_low_and_high_effects_stay_within_the_perplexity_bound():
@@ -362,6 +375,39 @@ def test_a_journal_belongs_to_one_job(tmp_path):
     with pytest.raises(ArtifactError, match=r"scales: \[1\] there, \[2\] now"):
         Journal(path, {"scales": [2]})
     assert json.loads(path.read_text().splitlines()[0]) == {"job": {"scales": [1]}}
+
+
+@pytest.mark.parametrize(
+    "there, now, told",
+    [
+        ({"o": {"a": 1, "b": 4}}, {"o": {"a": 1, "b": 5}}, r"o\.b: 4 there, 5 now"),
+        ({"o": {"a": 1}}, {"o": {"a": 1, "b": 5}}, r"o\.b: null there, 5 now"),
+        ({"j": [{"q": "x" * 80}, 1]}, {"j": [{"q": "x" * 80}, 2]}, r"j\.1: 1 there, 2 now"),
+        ({"q": "x" * 80 + "a"}, {"q": "x" * 80 + "b"}, r'q: "\.+x+a" there, "\.+x+b" now'),
+        ({"j": [1]}, {"j": {"a": 1}}, r"j: \[1\] there, \{\"a\": 1\} now"),
+    ],
+)
+def test_a_journal_says_what_differs_however_deep(tmp_path, there, now, told):
+    with Journal(tmp_path / "j.jsonl", there) as journal:
+        journal.piece("a", lambda: 1)
+    with pytest.raises(ArtifactError, match=told):
+        Journal(tmp_path / "j.jsonl", now)
+
+
+def test_a_journal_without_a_piece_blocks_nobody(tmp_path):
+    path = tmp_path / "j.jsonl"
+    Journal(path, {"place": "nowhere"}).__exit__()
+    with Journal(path, {"place": "here"}) as journal:
+        journal.piece("a", lambda: 1)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"job": {"place": "here"}},
+        {"key": "a", "value": 1},
+    ]
+    for other in ('{"job": {}, "more": 1}', '{"mine": 1}', "[1]"):  # control: another file stays
+        path.write_text(f"{other}\n")
+        with pytest.raises(ArtifactError, match="another job"):
+            Journal(path, {"place": "here"})
+        assert path.read_text() == f"{other}\n"
 
 
 # --- tuning ---------------------------------------------------------------------------------------

@@ -179,6 +179,11 @@ def test_calibration_is_the_area_under_the_curve_of_the_scores():
     assert perfect.auroc == 1.0 and found.auroc != 1.0
     with pytest.raises(ChatError, match="a label for each of 8 answers"):
         calibrate(lm, JUDGE, prompts, texts, [1] * 8)
+    graded = calibrate(lm, JUDGE, prompts, texts, [0.4 + 0.2 * x for x in labels], resamples=100)
+    assert graded.auroc == found.auroc  # the rule of every label: above a half
+    assert graded.auroc == pytest.approx(
+        tt.evals.agreement(lambda p, a: scores, prompts, texts, [0.4 + 0.2 * x for x in labels])
+    )
 
 
 # ---- the gradient --------------------------------------------------------------------------------

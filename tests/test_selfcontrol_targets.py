@@ -76,6 +76,41 @@ def test_a_line_cut_short_is_made_again_and_another_job_is_refused(tmp_path):
     assert files(out) == whole
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    tt.Add("resid@0", torch.ones(1, 8)).save(tmp_path / "edit")
+    before = files(tmp_path / "edit")
+    with pytest.raises(ArtifactError, match=r"holds artifact.json, tensors.* no records.jsonl"):
+        run(tmp_path / "edit")
+    assert files(tmp_path / "edit") == before
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".gitkeep").touch()  # control: an empty folder is anyone's
+    assert run(tmp_path / "new")
+
+
+def test_a_failed_call_blocks_no_corrected_one(tmp_path):
+    with pytest.raises(tt.PlaceError):
+        run(tmp_path / "out", place="resid@99 prompt")
+    run(tmp_path / "out")
+    with pytest.raises(ArtifactError, match=r"options\.max_new_tokens: 5 there, 6 now"):
+        run(tmp_path / "out", max_new_tokens=6)
+
+
+def test_prompts_are_texts_conversations_and_examples(tmp_path):
+    turn = [{"role": "user", "content": PROMPTS[0]}]
+    wanted = run(tmp_path / "plain", [PROMPTS[0], turn])
+    mixed = [tt.Example(PROMPTS[0], "not read"), tuple(turn)]
+    kept = run(tmp_path / "mixed", mixed)
+    assert [t.answer for t in kept] == [t.answer for t in wanted] and kept
+    assert kept[0].prompt == turn
+    assert [t.answer for t in run(tmp_path / "one", PROMPTS[0])] == [wanted[0].answer]
+    lm = tiny()
+    one, other = (
+        selfcontrol.pairs(lm, given, JUDGE, out=tmp_path / "pairs.jsonl", **OPTIONS)
+        for given in ([turn], mixed[:1])
+    )
+    assert one == other and one
+
+
 CHILD = """
 import sys
 sys.path.insert(0, {tests!r})

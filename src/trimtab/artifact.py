@@ -89,7 +89,8 @@ def register_folder(marker: str, reader: Callable[[Path], Any]) -> None:
 def save(path: str | Path, parts: Parts) -> None:
     """Write an artifact folder, whole or not at all. An artifact of that name is replaced.
 
-    Raises ArtifactError where something else stands there, or where it cannot be written.
+    Raises ArtifactError where something else stands there (see ``check_free``), or where it cannot
+    be written.
     """
     write_folder(path, lambda made: _write(made, parts))
 

@@ -20,8 +20,8 @@ class Journal:
     """A file with one JSON line per finished piece; without a path, memory alone.
 
     The first line says which ``job`` the pieces belong to. A line that a crash left half written is
-    dropped. Threads may make different pieces at a time. Raises ArtifactError where the file
-    belongs to another job or cannot be read.
+    dropped. Threads may make different pieces at a time. A journal without a piece is begun anew.
+    Raises ArtifactError where the file belongs to another job or cannot be read.
     """
 
     def __init__(self, path: str | Path | None, job: Mapping[str, Any]) -> None:
@@ -29,7 +29,7 @@ class Journal:
         self._done: dict[str, Any] = {}
         self._lock = threading.Lock()
         if self.path is not None:
-            self._open(self.path, json.loads(json.dumps(dict(job))))
+            self._open(self.path, as_json(job))
 
     def piece(self, key: str, make: Callable[[], T]) -> T:
         """The piece of this name: read if it was finished before, else made and written."""
@@ -64,11 +64,14 @@ class Journal:
         except (OSError, ValueError) as error:
             raise ArtifactError(f"cannot go on with {path} ({error}); name another file") from None
         if entries and entries[0] != {"job": job}:
-            self._file.close()
-            raise ArtifactError(
-                f"{path} holds the beginning of another job ({_difference(entries[0], job)}); "
-                "delete it, or name another file"
-            )
+            if not _is_bare(entries):
+                self._file.close()
+                raise ArtifactError(
+                    f"{path} holds the beginning of another job "
+                    f"({_difference(_job_of(entries[0]), job)}); delete it, or name another file"
+                )
+            self._file.truncate(0)
+            entries = []
         if not entries:
             self._write({"job": job})
         self._done = {entry["key"]: entry["value"] for entry in entries[1:]}
@@ -84,12 +87,37 @@ class Journal:
         os.fsync(self._file.fileno())
 
 
-def _difference(entry: Any, job: dict[str, Any]) -> str:
-    """The first thing in which two jobs differ."""
-    other = entry.get("job") if isinstance(entry, dict) else None
-    other = other if isinstance(other, dict) else {}
-    name = next((k for k in [*job, *other] if job.get(k) != other.get(k)), "its form")
-    return f"{name}: {_short(other.get(name))} there, {_short(job.get(name))} now"
+def as_json(job: Mapping[str, Any]) -> dict[str, Any]:
+    """A job as its file holds it. An error in it is raised: it says what could not be told."""
+    if errors := [value for value in job.values() if isinstance(value, Exception)]:
+        raise errors[0]
+    found: dict[str, Any] = json.loads(json.dumps(dict(job)))
+    return found
+
+
+def _is_bare(entries: list[Any]) -> bool:
+    """Whether a journal holds its job alone: what failed before its first piece is no loss."""
+    return len(entries) == 1 and isinstance(entries[0], dict) and [*entries[0]] == ["job"]
+
+
+def _job_of(entry: Any) -> Any:
+    return entry.get("job") if isinstance(entry, dict) else None
+
+
+def _difference(there: Any, now: Any, name: str = "") -> str:
+    """The innermost first thing in which two jobs differ, by its dotted name."""
+    alike = _short(there) == _short(now)
+    if alike and isinstance(there, list) and isinstance(now, list):
+        there, now = dict(enumerate(there)), dict(enumerate(now))
+    if alike and isinstance(there, str) and isinstance(now, str):
+        pairs = enumerate(zip(there, now, strict=False))
+        same = next((i for i, (a, b) in pairs if a != b), min(len(there), len(now)))
+        there, now = (f"...{text[max(same - 20, 0) :]}" for text in (there, now))
+    if isinstance(there, dict) and isinstance(now, dict):
+        key = next((k for k in [*now, *there] if there.get(k) != now.get(k)), None)
+        if key is not None:
+            return _difference(there.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+    return f"{name or 'its form'}: {_short(there)} there, {_short(now)} now"
 
 
 def _short(value: Any) -> str:

@@ -749,6 +749,12 @@ def listed_prompts(prompts: Any) -> tuple[list[Any], bool]:
     return listed, False
 
 
+def plain_prompts(prompts: Any) -> list[Any]:
+    """Prompts as texts and lists of messages, as JSON holds them; an Example without its answer."""
+    listed, _ = listed_prompts(prompts)
+    return [list(p.messages) if hasattr(p, "messages") else p for p in listed]
+
+
 def _places(record: Any) -> list[Place]:
     if record is None:
         return []

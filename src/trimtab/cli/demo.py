@@ -156,12 +156,15 @@ def fit(
         float, typer.Option(min=0.0, max=0.9, help="Share of the prompts that is only tested on.")
     ] = 0.2,
     seed: Annotated[int, typer.Option(help="Chooses the held-out prompts.")] = 0,
+    few_shot: Annotated[
+        int, typer.Option(min=0, help="Answered prompts before each example, for a base model.")
+    ] = 0,
 ) -> None:
     """Learn a concept from labelled examples and save the probe."""
     from trimtab import data
 
     target = out if out is not None else Path(Path(source).stem)
-    examples = data.read(source)
+    examples = data.read(source, few_shot=few_shot)
     check_free(target)
     for warning in data.lint(examples):
         OUT.print(Text.assemble(("warning ", "bold yellow"), plain(warning)))
@@ -174,8 +177,12 @@ def fit(
 
 def check_free(out: Path) -> None:
     """Fail before the work, not after it, where the result cannot be saved."""
-    if out.exists() and not (out / "artifact.json").is_file():
-        raise TrimtabError(f"{out} exists and is not an artifact; choose another name with --out")
+    from trimtab import artifact
+
+    try:
+        artifact.check_free(out)
+    except TrimtabError as error:
+        raise TrimtabError(f"{error} (--out)") from None
 
 
 def load_model(source: str) -> "LM":

@@ -3,6 +3,7 @@
 Knows Trimtab's public calls and how a judge is named on the command line.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +42,13 @@ EndpointOption = Annotated[
     str | None,
     typer.Option(help="An OpenAI-compatible URL that judges; needs --judge-model."),
 ]
+ReferenceOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Answers whose perplexity is the price: .jsonl, .json or .csv as for fit, or a text "
+        "with one answer per prompt; by default the model's own."
+    ),
+]
 TokensOption = Annotated[int, typer.Option(min=1, help="New tokens per answer.")]
 
 
@@ -55,6 +63,7 @@ def sweep(
     ask: Annotated[
         str | None, typer.Option(help='The prompt baseline, e.g. "Answer happily."')
     ] = None,
+    reference: ReferenceOption = None,
     tokens: Annotated[str, typer.Option(help="Which tokens a probe steers.")] = "all",
     top_layers: Annotated[int, typer.Option(help="How many layers a probe steers.")] = 16,
     out: Annotated[Path, typer.Option(help="Folder for all results; resumes there.")] = Path(
@@ -73,17 +82,19 @@ def sweep(
     """
     import trimtab as tt
 
-    loaded, listed = tt.load(artifact), tt.selfcontrol.read_prompts(prompts)
+    numbers, graded = _numbers(scales), judge_of(judge, judge_model, endpoint)
+    listed = tt.selfcontrol.read_prompts(prompts)
+    pairs = None if reference is None else _references(reference, listed)
+    make = _maker(tt.load(artifact), tokens, top_layers)
     lm = load_model(model)
-    make = _maker(loaded, tokens, top_layers)
     say(f"Sweeping {scales} over {len(listed)} prompts")
-    numbers = _numbers(scales)
     found = tt.evals.sweep(
         lm,
         make,
         numbers,
         listed,
-        scorer_of(judge, lm, judge_model, endpoint),
+        graded(lm),
+        pairs,
         ask=ask,
         baselines=_baselines(make(max(numbers, key=abs))),
         max_new_tokens=max_new_tokens,
@@ -135,6 +146,7 @@ def tune(
 
     target = probe if out is None else out
     check_free(target)
+    graded = judge_of(judge, judge_model, endpoint)
     loaded, listed = tt.load(probe), tt.selfcontrol.read_prompts(prompts)
     if not isinstance(loaded, tt.Probe):
         raise TrimtabError(f"{probe} holds {type(loaded).__name__}; tune a probe (trimtab fit)")
@@ -144,7 +156,7 @@ def tune(
         lm,
         loaded,
         listed,
-        scorer_of(judge, lm, judge_model, endpoint),
+        graded(lm),
         examples=None if examples is None else tt.data.read(examples),
         budget=budget,
         max_ratio=max_ratio,
@@ -160,8 +172,11 @@ def tune(
     OUT.print(Text(f"  trimtab chat --steer {target}", "bold"))
 
 
-def scorer_of(judge: str, lm: "LM", judge_model: str | None, endpoint: str | None) -> "Scorer":
-    """The judge of this name; see ``JUDGES``."""
+def judge_of(judge: str, judge_model: str | None, endpoint: str | None) -> "Callable[[LM], Scorer]":
+    """The judge of this name (see ``JUDGES``), once the model that is steered is there.
+
+    A name that is none is told at once, before a model is loaded.
+    """
     import trimtab as tt
     from trimtab import evals
 
@@ -172,22 +187,48 @@ def scorer_of(judge: str, lm: "LM", judge_model: str | None, endpoint: str | Non
         if kind in ("lexicon", "words", "probe") and rest:
             raise TrimtabError(f"--endpoint asks a question or a preset; {judge!r} needs no server")
         question = evals.PRESETS[judge][0] if judge in evals.PRESETS else judge
-        return evals.Endpoint(endpoint, judge_model, question)
+        return _always(evals.Endpoint(endpoint, judge_model, question))
     if kind == "lexicon" and rest in ("refusal", "formality"):
-        return getattr(evals.Lexicon, rest)()  # type: ignore[no-any-return]
+        return _always(getattr(evals.Lexicon, rest)())
     if kind == "words" and rest:
         having, _, against = rest.partition("/")
-        return evals.Lexicon(_words(having), _words(against))
-    judging = lm if judge_model is None else load_model(judge_model)
+        return _always(evals.Lexicon(_words(having), _words(against)))
+
+    def judging(lm: "LM") -> "LM":
+        return lm if judge_model is None else load_model(judge_model)
+
     if kind == "probe" and rest:
         if not isinstance(probe := tt.load(rest), tt.Probe):
             raise TrimtabError(f"{rest} holds {type(probe).__name__}, which reads nothing")
-        return evals.Reading(judging, probe)
+        return lambda lm: evals.Reading(judging(lm), probe)
     if judge.endswith("?"):
-        return evals.YesNo(judging, judge)
+        return lambda lm: evals.YesNo(judging(lm), judge)
     if judge in evals.PRESETS:
-        return evals.YesNo.preset(judging, judge)
+        return lambda lm: evals.YesNo.preset(judging(lm), judge)
     raise TrimtabError(f"no judge {judge!r}; there are: {JUDGES}")
+
+
+def _always(scorer: "Scorer") -> "Callable[[LM], Scorer]":
+    return lambda lm: scorer
+
+
+def _references(file: Path, prompts: list[str]) -> list[tuple[Any, str]]:
+    """Reference answers as (prompt, answer) pairs, checked against the prompts."""
+    from trimtab import data
+    from trimtab.artifact import user_path
+    from trimtab.evals.sweep import references
+
+    if file.suffix.lower() in (".json", ".jsonl", ".csv"):
+        found: list[Any] = [*data.read(file)]
+        if not any(example.prompt for example in found):
+            found = [example.completion for example in found]
+    else:
+        try:
+            lines = user_path(file).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, ValueError) as error:
+            raise TrimtabError(f"cannot read reference answers from {file}: {error}") from None
+        found = [line for line in lines if line.strip()]
+    return references(found, list(prompts))
 
 
 def _words(text: str) -> list[str]:
@@ -225,7 +266,10 @@ def _with_dose(probe: "Probe", dose: float) -> "Edit":
 
 def _numbers(text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
+        found = [float(part) for part in text.split(",")]
+        if not all(map(math.isfinite, found)):
+            raise ValueError
+        return found
     except ValueError:
         raise TrimtabError(f"--scales are numbers with commas between, not {text!r}") from None
 

@@ -2,6 +2,8 @@
 row -> Example function each; downloads only through ``datasets``, and only when called."""
 
 import csv
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,18 +12,14 @@ from trimtab.data.example import Example
 from trimtab.errors import ArtifactError
 
 Row = Mapping[str, Any]
+FileFormat = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def hub_rows(
     name: str, split: str, config: str | None = None, revision: str | None = None
 ) -> Iterable[Row]:
     """Rows of one split of a hub dataset. Raises ArtifactError with the remedy."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ArtifactError(
-            f'reading {name!r} from the hub needs the package datasets: pip install "trimtab[data]"'
-        ) from error
+    datasets = _datasets(name)
     try:
         rows: Iterable[Row] = datasets.load_dataset(
             name, name=config, split=split, revision=revision
@@ -34,12 +32,51 @@ def hub_rows(
     return rows
 
 
+def file_rows(path: str | Path) -> list[Row]:
+    """Rows of a .json, .jsonl, .csv or .parquet file of a hub dataset. Raises ArtifactError."""
+    file = Path(path).expanduser()
+    kind = FileFormat.get(file.suffix.lower())
+    if kind is None:
+        raise ArtifactError(f"cannot read {file}: known formats are {', '.join(FileFormat)}.")
+    if not file.is_file():
+        raise ArtifactError(f"cannot open {file}: no such file. Check the path.")
+    datasets = _datasets(file.name)
+    with tempfile.TemporaryDirectory() as cache:  # nothing is left of it beside the file
+        try:
+            found = datasets.load_dataset(
+                kind, data_files=str(file), split="train", cache_dir=cache, keep_in_memory=True
+            )
+            return list(found)
+        except Exception as error:  # see hub_rows
+            cause = error.__cause__ or error
+            raise ArtifactError(
+                f"cannot read {file} as {kind}: {type(cause).__name__}: {cause}. Check the file."
+            ) from error
+
+
+def _datasets(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ArtifactError(
+            f'reading {name!r} needs the package datasets: pip install "trimtab[data]"'
+        ) from error
+    return datasets
+
+
+def _check_row(row: Row, keys: Iterable[str], name: str) -> None:
+    if missing := [key for key in keys if key not in row]:
+        raise ArtifactError(f"not a row of {name}: no {missing[0]!r} among {[*row]}.")
+
+
 def read_truthfulqa(split: str | None = None, path: str | Path | None = None) -> list[Example]:
     """TruthfulQA: the best answer against the first incorrect one; ``path`` reads its CSV."""
     if path is None:
         rows = hub_rows("truthfulqa/truthful_qa", split or "validation", "generation")
+    elif os.fspath(path).lower().endswith(".csv"):  # as it is published; takes no datasets
+        rows = _csv_rows(Path(path).expanduser())
     else:
-        rows = _csv_rows(path)
+        rows = file_rows(path)
     return [example for row in rows for example in truthfulqa_pair(row)]
 
 
@@ -71,10 +108,14 @@ def truthfulqa_pair(row: Row) -> list[Example]:
 
 
 def read_oasst1(
-    split: str | None = None, label: str = "humor", limit: int = 512, language: str = "en"
+    split: str | None = None,
+    path: str | Path | None = None,
+    label: str = "humor",
+    limit: int = 512,
+    language: str = "en",
 ) -> list[Example]:
     """OASST1: direct replies that score highest on ``label`` against those that score lowest."""
-    rows = hub_rows("OpenAssistant/oasst1", split or "train")
+    rows = hub_rows("OpenAssistant/oasst1", split or "train") if path is None else file_rows(path)
     return oasst1_extremes(rows, label=label, limit=limit, language=language)
 
 
@@ -82,6 +123,9 @@ def oasst1_extremes(
     rows: Iterable[Row], label: str, limit: int = 512, language: str = "en"
 ) -> list[Example]:
     """Messages -> ``limit`` examples, half from each end; ties are broken by message id."""
+    rows = list(rows)
+    for row in rows:
+        _check_row(row, ("message_id", "parent_id", "text", "lang"), "OASST1")
     messages = [row for row in rows if row["lang"] == language and not row.get("deleted")]
     roots = {row["message_id"]: row["text"] for row in messages if row["parent_id"] is None}
     replies = [row for row in messages if row["parent_id"] in roots]
@@ -106,10 +150,14 @@ def _grades(row: Row) -> dict[str, float]:
 
 
 def read_toxic_completions(
-    split: str | None = None, concept: str = "compliance", limit: int | None = None
+    split: str | None = None,
+    path: str | Path | None = None,
+    concept: str = "compliance",
+    limit: int | None = None,
 ) -> list[Example]:
     """Toxic-completions: ``concept`` is ``"compliance"`` or ``"appropriateness"``."""
-    rows = hub_rows("dvruette/toxic-completions", split or "train")
+    name = "dvruette/toxic-completions"
+    rows = hub_rows(name, split or "train") if path is None else file_rows(path)
     found = (toxic_completion(row, concept) for row in rows)
     return [example for example in found if example is not None][:limit]
 
@@ -119,6 +167,7 @@ def toxic_completion(row: Row, concept: str = "compliance") -> Example | None:
 
     Appropriate means that it complied with a harmless prompt or refused a toxic one.
     """
+    _check_row(row, ("prompt", "completion", "is_compliant", "is_toxic"), "toxic-completions")
     complied, toxic = bool(row["is_compliant"]), bool(row["is_toxic"])
     labels = {"compliance": complied, "appropriateness": complied != toxic}
     if concept not in labels:
@@ -129,6 +178,10 @@ def toxic_completion(row: Row, concept: str = "compliance") -> Example | None:
         return None
     return Example(row["prompt"], row["completion"], float(labels[concept]))
 
+
+# Which label few-shot answers have: the paper shows TruthfulQA's models true answers only, and
+# answers of both kinds elsewhere.
+SHOT_LABEL = {"truthfulqa": 1.0}
 
 PRESETS: dict[str, Callable[..., list[Example]]] = {
     "truthfulqa": read_truthfulqa,

@@ -2,16 +2,18 @@
 
 import csv
 import difflib
+import inspect
 import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from trimtab.data import presets
+from trimtab.data import presets, shots
 from trimtab.data.checks import split as split_examples
 from trimtab.data.example import EXPECTED, Example, from_row
 from trimtab.errors import ArtifactError
@@ -24,35 +26,61 @@ def names() -> list[str]:
     return sorted(Path(file.name).stem for file in _builtin().iterdir() if _is_set(file.name))
 
 
-def read(source: str | os.PathLike[str], split: str | None = None, **options: Any) -> list[Example]:
+def read(
+    source: str | os.PathLike[str], split: str | None = None, *, few_shot: int = 0, **options: Any
+) -> list[Example]:
     """Labelled examples from a built-in set, a file, a preset of the paper, or a hub dataset.
 
     - A name from ``names()``, such as ``"humor"``.
     - A ``.json`` (list of objects, or object of columns), ``.jsonl`` or ``.csv`` file. Option
       ``columns`` maps prompt, completion, label and history to the file's own column names.
-    - ``"truthfulqa"`` (option ``path``: its CSV), ``"oasst1"`` (options ``label``, ``limit``,
-      ``language``), ``"toxic-completions"`` (option ``concept``): the data of arXiv 2402.14433.
+    - ``"truthfulqa"``, ``"oasst1"`` (options ``label``, ``limit``, ``language``),
+      ``"toxic-completions"`` (options ``concept``, ``limit``): the data of arXiv 2402.14433; with
+      option ``path`` from a .json, .jsonl, .csv or .parquet file of these rows.
     - ``"owner/name"`` on the hub, through ``datasets`` (options ``columns``, ``config``,
       ``revision``).
 
     ``split`` is ``"train"`` or ``"test"`` of the fixed 80/20 split for built-in sets and files
     (None: every row), and the dataset's own split for the hub (None: ``"train"``, and
-    ``"validation"`` for truthfulqa). Raises ArtifactError that names file, row, what was found and
-    what was expected.
+    ``"validation"`` for truthfulqa). ``few_shot``: so many answered prompts go before each example,
+    for a base model (see ``few_shot``: drawn before the split, true answers for truthfulqa). Raises
+    ArtifactError that names file, row, what was found and what was expected.
 
     >>> {example.label for example in read("happiness")}
     {0.0, 1.0}
     """
     name = os.fspath(source)
+    label = presets.SHOT_LABEL.get(name)
+    reader, whole = _reader(source, split, options)
+    _check_options(name, reader, options)
+    examples = shots.few_shot(reader(**options), few_shot, label=label)
+    return _part(examples, name, split) if whole else examples
+
+
+def _reader(
+    source: str | os.PathLike[str], split: str | None, options: Mapping[str, Any]
+) -> tuple[Callable[..., list[Example]], bool]:
+    """What reads this source, given its options, and whether it is whole: without a split."""
+    name = os.fspath(source)
     if name in names():
-        return _part(_read_file(_builtin() / f"{name}.jsonl", **options), name, split)
+        return partial(_read_file, _builtin() / f"{name}.jsonl"), True
     if name in presets.PRESETS:
-        return presets.PRESETS[name](split=split, **options)
-    if Path(name).suffix.lower() in FORMATS:
-        return _part(_read_file(Path(name), **options), name, split)
+        own = options.get("path") is not None
+        return partial(presets.PRESETS[name], None if own else split), own
+    file = Path(name).expanduser()
+    if file.suffix.lower() in FORMATS:
+        return partial(_read_file, file), True
     if isinstance(source, str) and _is_hub_id(name):
-        return _read_hub(name, split, **options)
-    raise ArtifactError(_unknown(name))
+        return partial(_read_hub, name, split), False
+    raise ArtifactError(_unknown(os.path.expanduser(name)))
+
+
+def _check_options(
+    name: str, reader: Callable[..., list[Example]], options: Mapping[str, Any]
+) -> None:
+    known = [*inspect.signature(reader).parameters]
+    if unknown := [option for option in options if option not in known]:
+        raise ArtifactError(f"{name} has no option {unknown[0]!r}; it has {', '.join(known)}.")
 
 
 def _builtin() -> Traversable:

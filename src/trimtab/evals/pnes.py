@@ -16,7 +16,8 @@ from trimtab.errors import TrimtabError
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-BROKEN = 2000.0  # a perplexity (or a ratio of 100) from which on a point says nothing of b
+BROKEN = 2000.0  # a perplexity from which on a point says nothing of b
+BROKEN_RATIO = 100.0  # the same beside no edit, for a model whose perplexities are all that large
 LOW_RATIO = 1.25  # what "small" perplexity means, beside that without the edit
 
 
@@ -61,9 +62,9 @@ def pnes(
     ``effects`` and ``perplexities`` [S], one per scale, or [S, P], one per scale and prompt: then
     ``bootstrap`` resamples of the prompts give an interval. The scales contain 0, against which
     both are measured: ``PNE(a) = (p(a) - p(0)) / (ppl(a) / ppl(0))``. First b is fitted in
-    ``ln(ppl(a) / ppl(0)) = b a^2`` over points below 2,000, then s and c in
-    ``PNE = (tanh(s a) + c) / exp(b a^2)`` over all. A flat sweep gives 0. Raises ValueError for
-    shapes that differ, scales without 0 and effects that are not finite.
+    ``ln(ppl(a) / ppl(0)) = b a^2`` over points below 2,000 (below 100 ppl(0) where no other scale
+    than 0 is), then s and c in ``PNE = (tanh(s a) + c) / exp(b a^2)`` over all. A flat sweep gives
+    0. Raises ValueError for shapes that differ, scales without 0 and effects that are not finite.
     """
     a = np.asarray(scales, float)
     p, ppl = _table("effects", effects, a), _table("perplexities", perplexities, a)
@@ -114,7 +115,9 @@ def _fit(a: Array, p: Array, ppl: Array, low_ratio: float, start: float | None =
     zero = np.flatnonzero(a == 0)[0]
     ratio = np.where(np.isfinite(ppl), ppl / ppl[zero], np.inf)
     effect = np.where(np.isfinite(ratio), (p - p[zero]) / ratio, 0.0)  # broken text shows nothing
-    usable = np.isfinite(ratio) & (ppl < max(BROKEN, 100 * ppl[zero]))
+    usable = np.isfinite(ratio) & (ppl < BROKEN)
+    if not a[usable].any():
+        usable = np.isfinite(ratio) & (ratio < BROKEN_RATIO)
     weight = (a[usable] ** 4).sum()
     b = float((a[usable] ** 2 * np.log(ratio[usable])).sum() / weight) if weight else 0.0
     s, c = _solve(a, effect, b, start)

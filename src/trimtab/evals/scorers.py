@@ -3,23 +3,25 @@
 Knows the protocol and how to check what comes out of it; knows no judge. Letter: B rows.
 """
 
-import hashlib
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.evals.identity import scorer_identity as scorer_identity
 from trimtab.solvers import auroc
 
 FORM = "Message: {prompt}\nReply: {answer}\n{question}"
 
 
 class Scorer(Protocol):
-    """Anything that grades answers: higher is more of the concept, mostly in 0 … 1."""
+    """Anything that grades answers: higher is more of the concept, mostly in 0 … 1.
+
+    Stored scores are used again for a scorer that is made alike; a text as attribute ``identity``
+    says instead which one it is.
+    """
 
     def __call__(self, prompts: Sequence[Any], answers: Sequence[str]) -> Sequence[float] | Tensor:
         """One score per row."""
@@ -88,33 +90,6 @@ def prompt_text(prompt: Any) -> str:
     if len(messages) == 1:
         return str(messages[0]["content"])
     return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages)
-
-
-def scorer_identity(scorer: Any) -> str:
-    """What tells a scorer from any other, also in another process: a hash of all it is made of."""
-    return hashlib.sha256(repr(_told(scorer)).encode()).hexdigest()
-
-
-def _told(value: Any) -> Any:
-    """What a value is made of, without addresses."""
-    if hasattr(value, "describe"):  # a model
-        return value.describe()
-    if isinstance(value, Tensor):
-        return hashlib.sha256(value.detach().cpu().double().numpy().tobytes()).hexdigest()
-    if is_dataclass(value) and not isinstance(value, type):
-        return type(value).__name__, {f.name: _told(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): _told(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_told(v) for v in value]
-    if (code := getattr(value, "__code__", None)) is not None:
-        held = [_told(cell.cell_contents) for cell in value.__closure__ or ()]
-        return value.__qualname__, code.co_code.hex(), _plain(code.co_consts), held
-    return _plain(value)
-
-
-def _plain(value: Any) -> str:
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def scorer_name(scorer: Any) -> str:

@@ -24,10 +24,11 @@ from trimtab.artifact import user_path, write_file
 from trimtab.chat import Batch
 from trimtab.edits import Add, Edit, Sum
 from trimtab.errors import ArtifactError, ChatError
+from trimtab.evals.identity import scorer_identity, weights_identity
 from trimtab.evals.pnes import Pnes, pnes
-from trimtab.evals.scorers import Scorer, prompt_text, score, scorer_identity
-from trimtab.journal import Journal
-from trimtab.lm import LM, listed_prompts
+from trimtab.evals.scorers import Scorer, prompt_text, score
+from trimtab.journal import Journal, as_json
+from trimtab.lm import LM, listed_prompts, plain_prompts
 from trimtab.merge import Edits, fingerprint
 
 BASELINES = ("random", "flipped", "prompt")
@@ -145,8 +146,9 @@ class Sweep:
 
     def save(self, path: str | Path) -> None:
         """Write everything as one JSON file, whole or not at all."""
-        made = {"title": self.title, "facts": dict(self.facts)}
-        text = json.dumps(made | {"arms": [asdict(a) for a in self.arms]}, ensure_ascii=False)
+        made: dict[str, Any] = {"title": self.title, "facts": dict(self.facts)}
+        made["arms"] = [asdict(a) for a in self.arms]
+        text = json.dumps(made, ensure_ascii=False, default=str)
         write_file(path, f"{text}\n".encode())
 
     @classmethod
@@ -187,7 +189,9 @@ def sweep(
 
     Decoding is greedy; rows with different edits share batches. With ``out`` (a folder) every
     finished batch is kept, and the same call after a crash goes on; the result is
-    ``out/sweep.json``. Raises ValueError for scales, baselines or references that do not fit.
+    ``out/sweep.json``. A scorer is known by what it is made of: its code, all that it holds and the
+    globals that it names, or a text that it has as attribute ``identity``. Raises ValueError for
+    scales, baselines or references that do not fit.
     """
     values, asked = _checked(scales, baselines), prompts_of(prompts)
     arms = _arms(make, values, baselines, ask, seed)
@@ -196,6 +200,7 @@ def sweep(
     facts = {"scales": values, "batch_size": batch_size, "seed": seed, "title": title}
     job = _job(plan, pairs, facts)
     folder = None if out is None else user_path(out)
+    job = job if folder is None else as_json(job)
     if folder is not None and (done := folder / "sweep.json").exists():
         found = Sweep.load(done)
         if found.facts == job:
@@ -404,19 +409,16 @@ class _Plan:
 
 def prompts_of(prompts: Any) -> list[Any]:
     """Prompts as a list of texts and conversations, whatever holds them."""
-    listed, _ = listed_prompts(prompts)
+    listed = plain_prompts(prompts)
     if not listed:
         raise ValueError("there are no prompts to answer; give at least one")
-    return [list(p.messages) if hasattr(p, "messages") else p for p in listed]
+    return listed
 
 
 def model_identity(lm: LM) -> dict[str, Any]:
     """What a model says of itself, and a hash of some of all its weights."""
-    digest = hashlib.sha256()
-    for weight in lm.model.parameters():
-        flat = weight.detach().flatten()
-        digest.update(flat[:: max(1, len(flat) // 16)].float().cpu().numpy().tobytes())
-    return {**lm.describe(), "dtype": str(lm.model.dtype), "weights": digest.hexdigest()}
+    weights = weights_identity(lm.model)
+    return {**lm.describe(), "dtype": str(lm.model.dtype), "weights": weights}
 
 
 def own_references(prompts: Sequence[Any], answers: Sequence[str]) -> list[tuple[Any, str]]:

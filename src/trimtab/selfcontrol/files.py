@@ -20,7 +20,7 @@ from trimtab.artifact import load_artifact, user_path
 from trimtab.edits import Edit
 from trimtab.errors import ArtifactError, ChatError
 from trimtab.journal import Journal
-from trimtab.lm import LM
+from trimtab.lm import LM, plain_prompts
 from trimtab.place import Place
 from trimtab.selfcontrol.judge import Judges, listed
 from trimtab.selfcontrol.search import Options, Solution, solve
@@ -57,15 +57,17 @@ def targets(
 ) -> list[Target]:
     """Solve prompts into the folder ``out``; return those that are kept.
 
+    Prompts are texts, conversations, or Examples, whose completions are left out.
     Kept are prompts whose score rose by more than ``min_gain`` with an edit of mean size
     mean|delta| <= ``max_norm`` mean|h|. Stopped at any moment, the same call goes on where it was
     and ends with the same files: prompts are solved ``chunk`` at a time, always the same ones
     together. ``options`` are those of ``solve``. Raises ArtifactError where ``out`` holds another
-    job.
+    job, or anything else.
     """
     if chunk < 1:
         raise ValueError(f"chunk is 1 or more, not {chunk!r}")
-    given, folder = list(prompts), user_path(out)
+    given, folder = plain_prompts(prompts), user_path(out)
+    _check_own(folder)
     job = _job(lm, given, judge, place, options) | {
         "chunk": chunk,
         "min_gain": min_gain,
@@ -90,6 +92,17 @@ def targets(
         for number in tqdm(range(len(given)), "solving", disable=not show_progress):
             journal.piece(str(number), lambda number=number: record(number))  # type: ignore[misc]
     return read_targets(folder)
+
+
+def _check_own(folder: Path) -> None:
+    """Raise ArtifactError for a folder that something else lies in: an artifact would be lost."""
+    if (folder / RECORDS).exists() or not folder.is_dir():
+        return
+    if others := sorted(f.name for f in folder.iterdir() if not f.name.startswith(".")):
+        raise ArtifactError(
+            f"{folder} holds {', '.join(others[:3])} and no {RECORDS}, so it is no folder of "
+            "targets; name another folder"
+        )
 
 
 def solve_file(
@@ -214,7 +227,7 @@ def pairs(
     whose scores differ by no more than ``min_margin``, or whose texts are equal, are left out.
     ``out``: also written there as JSONL, when all is done; until then finished pairs lie beside it.
     """
-    given, judges = list(prompts), listed(judge)
+    given, judges = plain_prompts(prompts), listed(judge)
     target = None if out is None else user_path(out)
     part = None if target is None else target.with_name(target.name + ".part")
     starts = range(0, len(given), chunk)

@@ -308,16 +308,16 @@ def calibrate(
     seed: int = 0,
     batch_size: int = 32,
 ) -> Calibration:
-    """Compare a judge with labels (above 0: the answer is what it asks for), one per answer.
+    """Compare a judge with labels (above 1/2: the answer is what it asks for), one per answer.
 
     The label belongs to the target that the judge is asked for, so a judge steered away is
     measured by the same labels. Raises ChatError where there are not answers of both kinds.
     """
-    positive = torch.as_tensor(labels) > 0
+    positive = torch.as_tensor(labels) > 0.5
     if positive.dim() != 1 or len(positive) != len(answers) or len(set(positive.tolist())) < 2:
         raise ChatError(
-            f"calibration needs a label for each of {len(answers)} answers, some above 0 and some "
-            f"not, not {positive.tolist()!s:.60}"
+            f"calibration needs a label for each of {len(answers)} answers, some above 0.5 and "
+            f"some not, not {positive.tolist()!s:.60}"
         )
     judge = replace(judge, direction=1)
     scores, swapped = (
