@@ -403,11 +403,24 @@ def test_a_journal_without_a_piece_blocks_nobody(tmp_path):
         {"job": {"place": "here"}},
         {"key": "a", "value": 1},
     ]
-    for other in ('{"job": {}, "more": 1}', '{"mine": 1}', "[1]"):  # control: another file stays
-        path.write_text(f"{other}\n")
-        with pytest.raises(ArtifactError, match="another job"):
-            Journal(path, {"place": "here"})
-        assert path.read_text() == f"{other}\n"
+
+
+@pytest.mark.parametrize("mine", ["my notes", "my notes\nof years", '{"mine": 1}\n', "[1]\n", "\n"])
+def test_a_file_that_is_no_journal_is_left_alone(tmp_path, mine):
+    path = tmp_path / "j.jsonl"
+    path.write_text(mine)
+    with pytest.raises(ArtifactError, match="it is no journal"):
+        Journal(path, {"place": "here"})
+    assert path.read_text() == mine
+
+
+@pytest.mark.parametrize("end", [0, 1, 5, 12, 20, 21, 30])
+def test_a_journal_cut_anywhere_goes_on(tmp_path, end):
+    path, whole = tmp_path / "j.jsonl", '{"job": {"at": "here"}}\n{"key": "a", "value": 1}\n'
+    path.write_text(whole[:end])
+    with Journal(path, {"at": "here"}) as journal:
+        assert journal.piece("a", lambda: 1) == 1
+    assert path.read_text() == whole
 
 
 # --- tuning ---------------------------------------------------------------------------------------

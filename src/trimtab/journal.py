@@ -57,9 +57,10 @@ class Journal:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-            if lines and not lines[-1].endswith(b"\n"):
-                os.truncate(path, sum(map(len, lines := lines[:-1])))
-            entries = [json.loads(line) for line in lines]
+            if lines and not _is_begun(lines[0]):
+                raise ValueError("it is no journal")
+            cut = bool(lines) and not lines[-1].endswith(b"\n")
+            entries = [json.loads(line) for line in lines[: len(lines) - cut]]
             self._file = path.open("a", encoding="utf-8")
         except (OSError, ValueError) as error:
             raise ArtifactError(f"cannot go on with {path} ({error}); name another file") from None
@@ -70,8 +71,8 @@ class Journal:
                     f"{path} holds the beginning of another job "
                     f"({_difference(_job_of(entries[0]), job)}); delete it, or name another file"
                 )
-            self._file.truncate(0)
             entries = []
+        self._file.truncate(sum(map(len, lines[: len(entries)])))
         if not entries:
             self._write({"job": job})
         self._done = {entry["key"]: entry["value"] for entry in entries[1:]}
@@ -93,6 +94,12 @@ def as_json(job: Mapping[str, Any]) -> dict[str, Any]:
         raise errors[0]
     found: dict[str, Any] = json.loads(json.dumps(dict(job)))
     return found
+
+
+def _is_begun(line: bytes) -> bool:
+    """Whether a file's first line is a journal's, even if it was cut short."""
+    start = b'{"job": '
+    return line.startswith(start) or start.startswith(line)
 
 
 def _is_bare(entries: list[Any]) -> bool:
