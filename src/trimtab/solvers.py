@@ -23,6 +23,7 @@ SAMPLE, SHARE, OVER = 256, 32, 4  # tokens of its first Hessian: at least, per N
 FLAT = 4e5  # N/l2 up to which float32 resolves the penalty in a Hessian of unit tokens
 RIDGE = 1e-6  # on a Hessian of unit diagonal: more than float32 sums may lack
 COMPONENT_ROUNDS = 200
+MUCH = 2**20  # numbers of a matrix
 NARROW = 512  # the width that a processor solves at once
 TINY = 1e-30
 
@@ -88,16 +89,14 @@ class Tokens:
         """The lower triangle of X' diag(weights) X, [l, D, D] float64, for ``weights`` [l, N].
 
         With ``some``, a bool for each token, of these tokens alone.
-
         Above its diagonal blocks stand zeros: a Cholesky factorisation does not look there.
         """
         total = torch.zeros(self.layers, self.width, self.width, device=self.device)
-        weights, start, step = weights.float()[..., None], 0, max(64, -(-self.width // 4))
-        for x in self._blocks():
-            end = start + x.shape[1]
-            here, start, chosen = weights[:, start:end], end, slice(start, end)
-            if some is not None:
-                here, x = here[:, some[chosen]], x[:, some[chosen]]
+        weights = (weights if some is None else weights[:, some]).float()[..., None]
+        start, step = 0, max(64, -(-self.width // 4))
+        for x in self._blocks(some):
+            here = weights[:, start : start + x.shape[1]]
+            start += x.shape[1]
             for i in range(0, self.width, step):
                 part = (x[..., i : i + step] * here).transpose(1, 2)
                 total[:, i : i + step, : i + step] += torch.bmm(part, x[..., : i + step])
@@ -105,9 +104,7 @@ class Tokens:
 
     def rows(self, some: Tensor) -> Tensor:
         """The rows of X of ``some``, a bool for each token: [l, n, D]."""
-        blocks = list(self._blocks())
-        here = some.split([x.shape[1] for x in blocks])
-        return torch.cat([x[:, chosen] for x, chosen in zip(blocks, here, strict=True)], 1)
+        return torch.cat(list(self._blocks(some)), 1)
 
     def sample(self, count: int) -> Tensor:
         """About every n-th token in use, ``count`` in all: a bool for each token."""
@@ -116,14 +113,15 @@ class Tokens:
         chosen[self.order[steps * len(self.order) // len(steps)]] = True
         return chosen
 
-    def _blocks(self) -> Iterator[Tensor]:
-        """All tokens in order, some at a time, [l, n, D]."""
-        if self.held is not None:
-            yield from self.held.split(BLOCK, 1)
-            return
-        for x in self._read():
-            x = x.to(self.device, torch.float32) - self.mean[:, None]
-            yield x / _length(x) if self.unit else x
+    def _blocks(self, some: Tensor | None = None) -> Iterator[Tensor]:
+        """All tokens in order, or those of ``some``, a part at a time, [l, n, D]."""
+        start = 0
+        for x in self._read() if self.held is None else self.held.split(BLOCK, 1):
+            if self.held is None:
+                x = x.to(self.device, torch.float32) - self.mean[:, None]
+                x = x / _length(x) if self.unit else x
+            yield x if some is None else x[:, some[start : start + x.shape[1]]]
+            start += x.shape[1]
 
     def _read(self) -> Iterator[Tensor]:
         for chunk in self.recording.chunks():
@@ -169,8 +167,9 @@ def _product(x: Tensor, values: Tensor) -> Tensor:
 
 
 def _with_vector(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Twice as fast by oneDNN, but for a part of a larger matrix, where it takes seconds."""
-    if vector.dtype == torch.float32 and (matrix.is_contiguous() or matrix.T.is_contiguous()):
+    """Twice as fast by oneDNN where there is much; in parts of a larger matrix it takes seconds."""
+    whole = matrix.is_contiguous() or matrix.T.is_contiguous()
+    if whole and matrix.numel() > MUCH and vector.dtype == torch.float32:
         return onednn(vector[None], matrix)[0]
     return matrix @ vector
 
@@ -273,19 +272,20 @@ class _Dual:
         self.rows = self.rows * (curvature[:, some] / l2).sqrt().float()[..., None]
         inner = torch.bmm(self.rows, self.rows.transpose(1, 2))
         inner.diagonal(dim1=1, dim2=2).add_(1.0)
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(inner))
+        self.factor = torch.linalg.cholesky(inner)
 
     def direction(self, gradient: Tensor) -> Tensor:
         """For ``gradient`` [l, D]."""
-        inner = _product(self.inverse, _product(self.rows, gradient.float()))
-        return (gradient - _product(self.rows.transpose(1, 2), inner)) / self.l2
+        inner = torch.cholesky_solve(_product(self.rows, gradient.float())[..., None], self.factor)
+        return (gradient - _product(self.rows.transpose(1, 2), inner[..., 0])) / self.l2
 
 
 class _Logistic:
     """Logistic regressions on their way: w, the last step and the next are known by X w.
 
-    ``known`` [l, 4, D] holds nothing (for the bias), w, the last direction and the new one;
-    ``columns`` [l, 4, N] the logits that each makes: ones for the bias, then the products with X.
+    ``state`` [l, 4, D + N] holds nothing (for the bias), w, the last step and the new direction;
+    ``known`` and ``columns``, parts of it, the vectors and the logits that each makes: ones for the
+    bias, then the products with X.
     """
 
     def __init__(
@@ -294,34 +294,29 @@ class _Logistic:
         self.tokens, self.l2 = tokens, l2
         self.targets = targets.to(tokens.device, torch.float64)
         self.bias = torch.zeros(tokens.layers, dtype=torch.float64, device=tokens.device)
-        self.known = self.bias.new_zeros(tokens.layers, 4, tokens.width)
-        self.columns = self.bias.new_zeros(tokens.layers, 4, len(targets))
+        self.state = self.bias.new_zeros(tokens.layers, 4, tokens.width + len(targets))
+        self.known = self.state[..., : tokens.width]
+        self.columns = self.state[..., tokens.width :]
         self.columns[:, 0] = float(with_bias)
         if start is not None:
             self.known[:, 1] = start.to(tokens.device)
             self.columns[:, 1] = tokens.times(self.known[:, 1])
-        penalty = l2 * (self.known[:, 1] ** 2).sum(-1) / 2
-        self._move(self.columns[:, 1], penalty)
+        self._move(self.columns[:, 1], l2 * (self.known[:, 1] ** 2).sum(-1) / 2)
 
     def gradient(self) -> Tensor:
         return self.tokens.transposed(self.residual) + self.l2 * self.known[:, 1]
 
     def step(self, direction: Tensor) -> Tensor:
         """The best step that uses ``direction`` [l, D]; returns its length beside |w|, [l]."""
-        direction = direction / _size(direction)[:, None].clamp_min(TINY)
         self.known[:, 3], self.columns[:, 3] = direction, self.tokens.times(direction)
-        share = torch.zeros_like(self.known[..., 0])  # [l, 4]: bias, w, last and new direction
+        share = torch.zeros_like(self.known[..., 0])  # [l, 4]: bias, w, last step, new direction
         share[:, 0], share[:, 1] = self.bias, 1.0
         penalty = self.l2 * torch.bmm(self.known, self.known.transpose(1, 2))
         share = self._newton(share, penalty)
         old, self.bias = self.known[:, 1].clone(), share[:, 0]
-        for held in (self.known, self.columns):
-            step = (share[:, 2:, None] * held[:, 2:]).sum(1)
-            held[:, 1] = share[:, 1:2] * held[:, 1] + step
-            held[:, 2] = step
-        size = _size(self.known[:, 2])[:, None].clamp_min(TINY)
-        self.known[:, 2] /= size
-        self.columns[:, 2] /= size
+        step = _times(self.state[:, 2:].transpose(1, 2), share[:, 2:])
+        self.state[:, 1] = share[:, 1:2] * self.state[:, 1] + step
+        self.state[:, 2] = step
         return _size(self.known[:, 1] - old) / _size(self.known[:, 1]).clamp_min(TINY)
 
     def _newton(self, share: Tensor, penalty: Tensor) -> Tensor:
