@@ -318,6 +318,69 @@ def test_an_ill_conditioned_fit_takes_several_hessians(monkeypatch, caplog):
     assert "1 of 1 logistic fits had not settled after 3 rounds" in caplog.text
 
 
+def test_wide_layers_of_unit_tokens_take_a_few_tokens_hessian(monkeypatch):
+    """One layer at a time, each from the solution before it: the optimum is that of the layer."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(1500, 2, 600)) + 3.0
+    y = (x[:, :, :40].sum((1, 2)) + 10 * random.normal(size=1500) > 240).astype(float)
+    rec = recorded(list(torch.from_numpy(x).float()[:, None]), place="resid@1:3")
+    made, starts = [], []
+    init, begin = solvers._Dual.__init__, solvers._Logistic.__init__
+    monkeypatch.setattr(solvers._Dual, "__init__", lambda *a: made.append(len(a)) or init(*a))
+    monkeypatch.setattr(solvers._Logistic, "__init__", lambda *a: starts.append(a[-1]) or begin(*a))
+    probe = tt.concepts.fit_recording(rec, y, "logistic")
+    assert len(made) == 2 and starts[0] is None and torch.equal(starts[1].float(), probe.weight[:1])
+    x = x - x.mean(0)
+    x /= np.linalg.norm(x, axis=-1, keepdims=True)
+    weight, _, _ = optimum(x, y, 1.0, bias=False)
+    assert cosine(probe.weight, weight).min() > 0.9999
+    alone = tt.concepts.fit_recording(rec["resid@2"], y, "logistic")
+    assert cosine(alone.weight, probe.weight[1:]).min() > 0.9999
+    monkeypatch.setattr(solvers, "ROUNDS", 1)
+    early = tt.concepts.fit_recording(rec, y, "logistic")
+    assert cosine(early.weight, weight).min() < 0.999  # the control
+
+
+@pytest.mark.parametrize("l2", [1.0, 1e-4])
+def test_a_hessian_of_some_tokens_leads_to_the_optimum_of_all(monkeypatch, l2):
+    random = np.random.default_rng(1)
+    x = random.normal(size=(3000, 1, 20)) * np.logspace(0, 1, 20)
+    y = (x[:, 0, :4].sum(-1) + 3 * random.normal(size=3000) > 0).astype(float)
+    rec = recorded(list(torch.from_numpy(x).float()[:, None]), place="resid@1")
+    monkeypatch.setattr(solvers, "SHARE", 1)
+    counts = []
+    gram = solvers.Tokens.gram
+    monkeypatch.setattr(
+        solvers.Tokens,
+        "gram",
+        lambda own, c, some: (
+            counts.append(3000 if some is None else int(some.sum())) or gram(own, c, some)
+        ),
+    )
+    probe = tt.concepts.fit_recording(rec, y, "logistic", normalize=False, l2=l2)
+    weight, _, _ = optimum(x, y, l2, bias=True)
+    assert counts[0] == 256 and cosine(probe.weight, weight).min() > 0.9999
+    some, _, _ = optimum(x[::12], y[::12], l2, bias=True)  # the control: those tokens alone
+    assert cosine(some, weight).min() < 0.999
+
+
+def test_a_sample_is_the_same_whatever_the_chunks_are():
+    rows = [
+        torch.full((3, 1, 4), float(i)) + torch.arange(3.0)[:, None, None] / 4 for i in range(40)
+    ]
+    use = torch.ones(120)
+    found = []
+    for chunks in (1, 7):
+        rec = recorded(rows, chunks, place="resid@1")
+        tokens = next(solvers.in_groups(rec, use, unit=False))
+        picked = tokens.sample(10)
+        values = tokens.rows(picked)[0] + tokens.mean
+        found.append(values.sort(0).values)
+        assert int(picked.sum()) == 10
+    torch.testing.assert_close(found[0], found[1])
+    assert float(found[0][-1, 0] - found[0][0, 0]) > 30  # from all over the recording
+
+
 def test_gram_is_the_weighted_second_moment(monkeypatch):
     monkeypatch.setattr(solvers, "BLOCK", 30)
     x, w = torch.randn(90, 2, 200), torch.rand(2, 90).double()

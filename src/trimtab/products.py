@@ -94,7 +94,7 @@ def _forward(self: nn.Linear, input: Tensor) -> Tensor:
     if input.numel() <= FEW * input.shape[-1]:
         return _transposed(input, self.weight, self.bias)
     if not (torch.is_grad_enabled() and input.requires_grad):
-        return _onednn(input, self.weight, self.bias)
+        return onednn(input, self.weight, self.bias)
     made: Tensor = _Product.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
     return made
 
@@ -130,7 +130,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return _onednn(x, weight, bias)
+        return onednn(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -138,7 +138,8 @@ class _Product(torch.autograd.Function):
         return _Product.apply(grads[0], weight.T, None), None, None  # type: ignore
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``linear(x, weight, bias)`` in float32 on a CPU by oneDNN's routine, without gradients."""
     # What torch's own compiler calls for a linear map; a build of torch may lack it.
     if (fused := getattr(torch.ops.mkldnn, "_linear_pointwise", None)) is None:
         return linear(x, weight, bias)

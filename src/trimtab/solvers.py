@@ -11,15 +11,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from trimtab.products import onednn
 from trimtab.recording import Recording
 
 log = logging.getLogger(__name__)
 
 IN_MEMORY = 2**30  # bytes: the float32 tokens that are kept between passes
 BLOCK = 4096  # tokens that are summed in float32
-ROUNDS, REUSED = 200, 8  # of `logistic`: how long it goes on, and each Hessian serves
+ROUNDS, REUSED = 200, 12  # of `logistic`: how long it goes on, and each Hessian serves
+SAMPLE, SHARE, OVER = 256, 32, 4  # tokens of its first Hessian: at least, per N/D, and per D
+FLAT = 4e5  # N/l2 up to which float32 resolves the penalty in a Hessian of unit tokens
 RIDGE = 1e-6  # on a Hessian of unit diagonal: more than float32 sums may lack
 COMPONENT_ROUNDS = 200
+MUCH = 2**20  # numbers of a matrix
 NARROW = 512  # the width that a processor solves at once
 TINY = 1e-30
 
@@ -27,7 +31,8 @@ TINY = 1e-30
 class Tokens:
     """The tokens of some layers as matrices X [l, N, D], centred and maybe of unit length.
 
-    ``use`` [N] weighs the tokens for ``mean`` [l, D]. ``held`` [l, N, D]: memory to keep them in;
+    ``use`` [N] weighs the tokens for ``mean`` [l, D]; ``order``: those in use, in the order of the
+    input, whatever the chunks are. ``held`` [l, N, D]: memory to keep them in;
     without, they are taken from the recording's chunks again in every pass. All that is computed
     lies on ``device``.
     """
@@ -37,6 +42,7 @@ class Tokens:
         recording: Recording,
         layers: slice,
         use: Tensor,
+        order: Tensor,
         *,
         unit: bool,
         device: torch.device,
@@ -45,21 +51,24 @@ class Tokens:
         self.recording, self.where, self.device = recording, layers, device
         self.layers, self.width = len(recording.layers[layers]), recording.width
         self.use, self.held, self.unit = use.to(device, torch.float64), None, False
-        self.mean = torch.zeros(self.layers, self.width, device=device)
+        self.order = order.to(device)
+        # Any token has what is common to all, and taking it away first spares rounding and a pass.
+        some = next(c.values for c in recording.chunks() if len(c.values))
+        self.mean = some[-1, layers].to(device, torch.float32)
         if held is not None:
             start = 0
             for x in self._read():
-                held[:, start : start + x.shape[1]] = x
+                here = held[:, start : start + x.shape[1]]
+                torch.sub(x.to(device), self.mean[:, None], out=here)
                 start += x.shape[1]
         self.held = held
-        for _ in range(2):  # the second time takes away what rounding left of a large mean
-            share = self.use / self.use.sum()
-            step = self.transposed(share.expand(self.layers, -1)).float()
-            self.mean = self.mean + step
-            if self.held is not None:
-                self.held -= step[:, None]
-        if unit and self.held is not None:
-            self.held /= _length(self.held)
+        share = self.use / self.use.sum()
+        step = self.transposed(share.expand(self.layers, -1)).float()
+        self.mean = self.mean + step
+        if self.held is not None:
+            self.held -= step[:, None]
+            if unit:
+                self.held /= _length(self.held)
         self.unit = unit
 
     def times(self, weight: Tensor) -> Tensor:
@@ -76,29 +85,43 @@ class Tokens:
             start += x.shape[1]
         return total
 
-    def gram(self, weights: Tensor) -> Tensor:
+    def gram(self, weights: Tensor, some: Tensor | None = None) -> Tensor:
         """The lower triangle of X' diag(weights) X, [l, D, D] float64, for ``weights`` [l, N].
 
+        With ``some``, a bool for each token, of these tokens alone.
         Above its diagonal blocks stand zeros: a Cholesky factorisation does not look there.
         """
         total = torch.zeros(self.layers, self.width, self.width, device=self.device)
-        weights, start, step = weights.float()[..., None], 0, max(64, -(-self.width // 4))
-        for x in self._blocks():
+        weights = (weights if some is None else weights[:, some]).float()[..., None]
+        start, step = 0, max(64, -(-self.width // 4))
+        for x in self._blocks(some):
             here = weights[:, start : start + x.shape[1]]
             start += x.shape[1]
             for i in range(0, self.width, step):
-                some = (x[..., i : i + step] * here).transpose(1, 2)
-                total[:, i : i + step, : i + step] += torch.bmm(some, x[..., : i + step])
+                part = (x[..., i : i + step] * here).transpose(1, 2)
+                total[:, i : i + step, : i + step] += torch.bmm(part, x[..., : i + step])
         return total.double()
 
-    def _blocks(self) -> Iterator[Tensor]:
-        """All tokens in order, some at a time, [l, n, D]."""
-        if self.held is not None:
-            yield from self.held.split(BLOCK, 1)
-            return
-        for x in self._read():
-            x = x.to(self.device, torch.float32) - self.mean[:, None]
-            yield x / _length(x) if self.unit else x
+    def rows(self, some: Tensor) -> Tensor:
+        """The rows of X of ``some``, a bool for each token: [l, n, D]."""
+        return torch.cat(list(self._blocks(some)), 1)
+
+    def sample(self, count: int) -> Tensor:
+        """About every n-th token in use, ``count`` in all: a bool for each token."""
+        chosen = torch.zeros(len(self.use), dtype=torch.bool, device=self.device)
+        steps = torch.arange(min(count, len(self.order)), device=self.device)
+        chosen[self.order[steps * len(self.order) // len(steps)]] = True
+        return chosen
+
+    def _blocks(self, some: Tensor | None = None) -> Iterator[Tensor]:
+        """All tokens in order, or those of ``some``, a part at a time, [l, n, D]."""
+        start = 0
+        for x in self._read() if self.held is None else self.held.split(BLOCK, 1):
+            if self.held is None:
+                x = x.to(self.device, torch.float32) - self.mean[:, None]
+                x = x / _length(x) if self.unit else x
+            yield x if some is None else x[:, some[start : start + x.shape[1]]]
+            start += x.shape[1]
 
     def _read(self) -> Iterator[Tensor]:
         for chunk in self.recording.chunks():
@@ -116,18 +139,20 @@ def in_groups(
     share each pass.
     """
     where = torch.device(device) if device else next(recording.chunks()).values.device
+    order = token_rows(recording).argsort(stable=True)
+    order = order[use[order] > 0]
     count, shape = len(recording.layers), (len(use), recording.width)
     fitting = IN_MEMORY // max(1, 4 * shape[0] * shape[1])
     if not fitting:
         step = max(1, IN_MEMORY // (4 * shape[1] ** 2))  # as many Hessians
         for i in range(0, count, step):
-            yield Tokens(recording, slice(i, i + step), use, unit=unit, device=where)
+            yield Tokens(recording, slice(i, i + step), use, order, unit=unit, device=where)
         return
     step = min(fitting, count, max(1, NARROW // shape[1]) if where.type == "cpu" else count)
     room = torch.empty(step, *shape, device=where)  # one for all groups: new memory is slow
     for i in range(0, count, step):
         held = room[: min(step, count - i)]
-        yield Tokens(recording, slice(i, i + step), use, unit=unit, device=where, held=held)
+        yield Tokens(recording, slice(i, i + step), use, order, unit=unit, device=where, held=held)
 
 
 def _length(x: Tensor) -> Tensor:
@@ -136,11 +161,17 @@ def _length(x: Tensor) -> Tensor:
 
 def _product(x: Tensor, values: Tensor) -> Tensor:
     """Products of matrices [l, n, m] and vectors [l, m]: [l, n]."""
-    if len(x) == 1:
-        return (x[0] @ values[0])[None]
     if x.device.type == "cpu":  # several times faster than one batched product
-        return torch.stack([matrix @ vector for matrix, vector in zip(x, values, strict=True)])
+        return torch.stack([_with_vector(m, v) for m, v in zip(x, values, strict=True)])
     return torch.bmm(x, values[..., None])[..., 0]
+
+
+def _with_vector(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Twice as fast by oneDNN where there is much; in parts of a larger matrix it takes seconds."""
+    whole = matrix.is_contiguous() or matrix.T.is_contiguous()
+    if whole and matrix.numel() > MUCH and vector.dtype == torch.float32:
+        return onednn(vector[None], matrix)[0]
+    return matrix @ vector
 
 
 def token_rows(recording: Recording) -> Tensor:
@@ -159,7 +190,8 @@ def logistic(
     *,
     l2: float = 1.0,
     with_bias: bool,
-    tolerance: float = 0.01,
+    start: Tensor | None = None,
+    tolerance: float = 0.02,
 ) -> tuple[Tensor, Tensor]:
     """Logistic regressions of ``targets`` [N] (probabilities) on the tokens in use, one per layer.
 
@@ -168,26 +200,31 @@ def logistic(
 
     Newton's method where each Hessian serves ``REUSED`` rounds: a round turns the gradient by it,
     and takes one Newton step for the shares of w, that direction, the last one and the bias
-    (sequential subspace optimisation, Narkiss & Zibulevsky 2005). The first Hessian, at w = 0, is
-    the largest there is (Böhning & Lindsay 1988). A round costs two passes over the tokens. It
-    ends when the steps to come, as they shrank twice in a row, add up to ``tolerance`` |w| or less.
+    (sequential subspace optimisation, Narkiss & Zibulevsky 2005). The first Hessian is that of
+    some tokens, which is enough for most fits; at ``start`` [l, D] = 0 it is the largest there is
+    (Böhning & Lindsay 1988). A round costs two passes over the tokens. It ends when the steps to
+    come, as they shrank in the slower of two rounds, add up to ``tolerance`` |w| or less; they are
+    expected to be longer where a step had to exceed Newton's, as the Hessian then is out of date.
     """
-    fit = _Logistic(tokens, targets, l2, with_bias)
-    before, last = torch.ones_like(fit.bias), torch.ones_like(fit.bias)
+    fit = _Logistic(tokens, targets, l2, with_bias, start)
+    before, last = torch.ones_like(fit.bias), torch.full_like(fit.bias, 0.99)
     for turn in range(ROUNDS):
         if turn % REUSED == 0:
-            newton = _Newton(tokens, fit.curvature, l2)
-        moved = fit.step(newton.direction(fit.gradient()))
-        rate = (moved / before.clamp_min(TINY)).clamp_max(0.99)
-        left, before = moved * rate / (1 - rate), moved
-        if bool((torch.maximum(left, last) <= tolerance).all()):
+            newton = _newton(tokens, fit.curvature, l2, first=turn == 0)
+        turned = newton.direction(fit.gradient())
+        step = fit.step(turned)
+        aim = _size(turned) / _size(fit.known[:, 1]).clamp_min(TINY)  # a Newton step's length
+        moved, late = step.maximum(aim), (step / aim.clamp_min(TINY)).clamp_min(1)
+        rate, before = (moved / before.clamp_min(TINY)).clamp(0.1, 0.99), moved
+        slower, last = rate.maximum(last), rate
+        left = late * moved * slower / (1 - slower)
+        if bool((left <= tolerance).all()):
             break
-        last = left
     else:
         log.warning(
             "%d of %d logistic fits had not settled after %d rounds: fit normalised tokens, or "
             "raise l2 (%g)",
-            int((torch.maximum(left, last) > tolerance).sum()),
+            int((left > tolerance).sum()),
             tokens.layers,
             ROUNDS,
             l2,
@@ -195,11 +232,26 @@ def logistic(
     return fit.known[:, 1], fit.bias
 
 
+def _newton(tokens: Tokens, curvature: Tensor, l2: float, *, first: bool) -> "_Newton | _Dual":
+    """What turns gradients: at first the Hessian of some tokens, later that of all.
+
+    Few tokens do where few directions weigh more than the penalty, as for tokens of unit length.
+    """
+    many = len(tokens.order)
+    count = max(SAMPLE, SHARE * many // tokens.width)
+    few = tokens.unit and 2 * count <= tokens.width and many < FLAT * l2
+    count = count if few else max(count, OVER * tokens.width)
+    some = tokens.sample(count) if first and 3 * count <= 2 * many else None
+    if some is None:
+        return _Newton(tokens, curvature, l2, some)
+    return (_Dual if few else _Newton)(tokens, curvature * (many / count), l2, some)
+
+
 class _Newton:
     """A Newton direction: (X' diag(curvature) X + l2)^-1 times a gradient, factored once."""
 
-    def __init__(self, tokens: Tokens, curvature: Tensor, l2: float) -> None:
-        hessian = tokens.gram(curvature)
+    def __init__(self, tokens: Tokens, curvature: Tensor, l2: float, some: Tensor | None) -> None:
+        hessian = tokens.gram(curvature, some)
         hessian.diagonal(dim1=1, dim2=2).add_(l2)
         self.scale = hessian.diagonal(dim1=1, dim2=2).rsqrt()  # makes rounding alike everywhere
         hessian *= self.scale[:, :, None] * self.scale[:, None]
@@ -207,27 +259,49 @@ class _Newton:
         self.factor = torch.linalg.cholesky(hessian)
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """For ``gradient`` [l, D], of unit length."""
+        """For ``gradient`` [l, D]."""
         scaled = torch.cholesky_solve((self.scale * gradient)[..., None], self.factor)
-        direction = self.scale * scaled[..., 0]
-        return direction / _size(direction)[:, None].clamp_min(TINY)
+        return self.scale * scaled[..., 0]
+
+
+class _Dual:
+    """The same of fewer tokens than the width: (1 - S' (S S' + 1)^-1 S) / l2, S of their rows."""
+
+    def __init__(self, tokens: Tokens, curvature: Tensor, l2: float, some: Tensor) -> None:
+        self.rows, self.l2 = tokens.rows(some), l2
+        self.rows = self.rows * (curvature[:, some] / l2).sqrt().float()[..., None]
+        inner = torch.bmm(self.rows, self.rows.transpose(1, 2))
+        inner.diagonal(dim1=1, dim2=2).add_(1.0)
+        self.factor = torch.linalg.cholesky(inner)
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """For ``gradient`` [l, D]."""
+        inner = torch.cholesky_solve(_product(self.rows, gradient.float())[..., None], self.factor)
+        return (gradient - _product(self.rows.transpose(1, 2), inner[..., 0])) / self.l2
 
 
 class _Logistic:
     """Logistic regressions on their way: w, the last step and the next are known by X w.
 
-    ``known`` [l, 4, D] holds nothing (for the bias), w, the last direction and the new one;
-    ``columns`` [l, 4, N] the logits that each makes: ones for the bias, then the products with X.
+    ``state`` [l, 4, D + N] holds nothing (for the bias), w, the last step and the new direction;
+    ``known`` and ``columns``, parts of it, the vectors and the logits that each makes: ones for the
+    bias, then the products with X.
     """
 
-    def __init__(self, tokens: Tokens, targets: Tensor, l2: float, with_bias: bool) -> None:
+    def __init__(
+        self, tokens: Tokens, targets: Tensor, l2: float, with_bias: bool, start: Tensor | None
+    ) -> None:
         self.tokens, self.l2 = tokens, l2
         self.targets = targets.to(tokens.device, torch.float64)
         self.bias = torch.zeros(tokens.layers, dtype=torch.float64, device=tokens.device)
-        self.known = self.bias.new_zeros(tokens.layers, 4, tokens.width)
-        self.columns = self.bias.new_zeros(tokens.layers, 4, len(targets))
+        self.state = self.bias.new_zeros(tokens.layers, 4, tokens.width + len(targets))
+        self.known = self.state[..., : tokens.width]
+        self.columns = self.state[..., tokens.width :]
         self.columns[:, 0] = float(with_bias)
-        self._move(self.columns[:, 1], self.bias)
+        if start is not None:
+            self.known[:, 1] = start.to(tokens.device)
+            self.columns[:, 1] = tokens.times(self.known[:, 1])
+        self._move(self.columns[:, 1], l2 * (self.known[:, 1] ** 2).sum(-1) / 2)
 
     def gradient(self) -> Tensor:
         return self.tokens.transposed(self.residual) + self.l2 * self.known[:, 1]
@@ -235,18 +309,14 @@ class _Logistic:
     def step(self, direction: Tensor) -> Tensor:
         """The best step that uses ``direction`` [l, D]; returns its length beside |w|, [l]."""
         self.known[:, 3], self.columns[:, 3] = direction, self.tokens.times(direction)
-        share = torch.zeros_like(self.known[..., 0])  # [l, 4]: bias, w, last and new direction
+        share = torch.zeros_like(self.known[..., 0])  # [l, 4]: bias, w, last step, new direction
         share[:, 0], share[:, 1] = self.bias, 1.0
         penalty = self.l2 * torch.bmm(self.known, self.known.transpose(1, 2))
         share = self._newton(share, penalty)
         old, self.bias = self.known[:, 1].clone(), share[:, 0]
-        for held in (self.known, self.columns):
-            step = (share[:, 2:, None] * held[:, 2:]).sum(1)
-            held[:, 1] = share[:, 1:2] * held[:, 1] + step
-            held[:, 2] = step
-        size = _size(self.known[:, 2])[:, None].clamp_min(TINY)
-        self.known[:, 2] /= size
-        self.columns[:, 2] /= size
+        step = _times(self.state[:, 2:].transpose(1, 2), share[:, 2:])
+        self.state[:, 1] = share[:, 1:2] * self.state[:, 1] + step
+        self.state[:, 2] = step
         return _size(self.known[:, 1] - old) / _size(self.known[:, 1]).clamp_min(TINY)
 
     def _newton(self, share: Tensor, penalty: Tensor) -> Tensor:

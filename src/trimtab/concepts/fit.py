@@ -212,9 +212,9 @@ def _fit(
             f"held_out={held_out}); give more examples of both labels"
         )
     task = _Task(y, keep, token_rows(recording), method, normalize, l2, seed)
-    fits = [
-        task.fit(tokens) for tokens in in_groups(recording, task.use, unit=normalize, device=device)
-    ]
+    fits: list[tuple[Tensor, ...]] = []
+    for tokens in in_groups(recording, task.use, unit=normalize, device=device):
+        fits.append(task.fit(tokens, fits[-1][0] if fits else None))
     weight, gain, bias, mean = (torch.cat([f[i] for f in fits]).float() for i in range(4))
     margins = torch.cat([f[4] for f in fits], 1)  # [N, L]
     right = ((margins > 0) == (y[task.rows] > 0)[:, None]).double()
@@ -266,11 +266,14 @@ class _Task:
         """1 for training tokens, 0 for others, [N]."""
         return self.keep[self.rows].double()
 
-    def fit(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Weight [l, D], gain [l], bias [l], mean [l, D] and all tokens' logits [N, l]."""
+    def fit(self, tokens: Tokens, before: Tensor | None) -> tuple[Tensor, ...]:
+        """Weight [l, D], gain [l], bias [l], mean [l, D] and all tokens' logits [N, l].
+
+        ``before``: the weight of the layers before these, if any.
+        """
         gain, mean = torch.ones(tokens.layers, dtype=torch.float64), tokens.mean.cpu()
         if self.method == "logistic":
-            weight, bias = self._logistic(tokens)
+            weight, bias = self._logistic(tokens, before)
         else:
             weight = self._pca(tokens) if self.method == "pca" else self._mean(tokens)
         scores, weight = tokens.times(weight).double().cpu().T, weight.cpu()  # [N, l]
@@ -291,9 +294,16 @@ class _Task:
         length: Tensor = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
         return weight / length.clamp_min(1e-30)
 
-    def _logistic(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    def _logistic(self, tokens: Tokens, before: Tensor | None) -> tuple[Tensor, Tensor]:
         targets = (self.labels[self.rows] + 1) / 2
-        weight, bias = logistic(tokens, targets, l2=self.l2, with_bias=not self.normalize)
+        single = tokens.layers == 1 and self.normalize  # then the layer before is a good start
+        weight, bias = logistic(
+            tokens,
+            targets,
+            l2=self.l2,
+            with_bias=not self.normalize,
+            start=before if single else None,
+        )
         return weight, bias.cpu()
 
     def _pca(self, tokens: Tokens) -> Tensor:
