@@ -88,15 +88,15 @@ def answers(lm, rows, dtype=None):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_answers_are_those_of_the_usual_products(name, monkeypatch):
     lm, taken = tt.LM(model_zoo.tiny(name)), set()
-    for form in ("_transposed", "_onednn"):
+    for form in ("_transposed", "onednn"):
         own = getattr(products, form)
         spy = lambda *a, own=own, form=form: taken.add(form) or own(*a)  # noqa: E731
         monkeypatch.setattr(products, form, spy)
     for rows, form in (
         (1, "_transposed"),
         (3, "_transposed"),
-        (6, "_onednn"),
-        (65, "_onednn"),
+        (6, "onednn"),
+        (65, "onednn"),
     ):
         taken.clear()
         found = answers(lm, rows)
@@ -112,9 +112,9 @@ def test_answers_are_those_of_the_usual_products(name, monkeypatch):
 def test_without_onednn_the_usual_routine_is_called(monkeypatch):
     x, weight = torch.randn(6, 1, 24), torch.randn(40, 24)
     with torch.no_grad():
-        found = products._onednn(x, weight, None)
+        found = products.onednn(x, weight, None)
         monkeypatch.setattr(torch.ops, "mkldnn", object())
-        usual = products._onednn(x, weight, None)
+        usual = products.onednn(x, weight, None)
     assert torch.equal(usual, torch.nn.functional.linear(x, weight))
     assert torch.allclose(found, usual, atol=1e-5)
 
