@@ -7,6 +7,7 @@ Letters: l layers, N tokens, D width.
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -162,7 +163,8 @@ def _length(x: Tensor) -> Tensor:
 def _product(x: Tensor, values: Tensor) -> Tensor:
     """Products of matrices [l, n, m] and vectors [l, m]: [l, n]."""
     if x.device.type == "cpu":  # several times faster than one batched product
-        return torch.stack([_with_vector(m, v) for m, v in zip(x, values, strict=True)])
+        made = [_with_vector(m, v) for m, v in zip(x, values, strict=True)]
+        return torch.stack(made) if len(made) > 1 else made[0][None]
     return torch.bmm(x, values[..., None])[..., 0]
 
 
@@ -203,33 +205,48 @@ def logistic(
     (sequential subspace optimisation, Narkiss & Zibulevsky 2005). The first Hessian is that of
     some tokens, which is enough for most fits; at ``start`` [l, D] = 0 it is the largest there is
     (Böhning & Lindsay 1988). A round costs two passes over the tokens. It ends when the steps to
-    come, as they shrank in the slower of two rounds, add up to ``tolerance`` |w| or less; they are
-    expected to be longer where a step had to exceed Newton's, as the Hessian then is out of date.
+    come add up to ``tolerance`` |w| or less.
     """
     fit = _Logistic(tokens, targets, l2, with_bias, start)
-    before, last = torch.ones_like(fit.bias), torch.full_like(fit.bias, 0.99)
+    pace = [_Pace() for _ in range(tokens.layers)]
     for turn in range(ROUNDS):
         if turn % REUSED == 0:
             newton = _newton(tokens, fit.curvature, l2, first=turn == 0)
         turned = newton.direction(fit.gradient())
-        step = fit.step(turned)
-        aim = _size(turned) / _size(fit.known[:, 1]).clamp_min(TINY)  # a Newton step's length
-        moved, late = step.maximum(aim), (step / aim.clamp_min(TINY)).clamp_min(1)
-        rate, before = (moved / before.clamp_min(TINY)).clamp(0.1, 0.99), moved
-        slower, last = rate.maximum(last), rate
-        left = late * moved * slower / (1 - slower)
-        if bool((left <= tolerance).all()):
+        lengths = torch.stack([fit.step(turned), _size(turned), _size(fit.known[:, 1])], 1).tolist()
+        left = [p.left(*lengths[i]) for i, p in enumerate(pace)]
+        if max(left) <= tolerance:
             break
     else:
         log.warning(
             "%d of %d logistic fits had not settled after %d rounds: fit normalised tokens, or "
             "raise l2 (%g)",
-            int((left > tolerance).sum()),
+            sum(x > tolerance for x in left),
             tokens.layers,
             ROUNDS,
             l2,
         )
     return fit.known[:, 1], fit.bias
+
+
+@dataclass
+class _Pace:
+    """How fast the steps of one fit shrink, and so what is left to go."""
+
+    before: float = 1.0
+    rate: float = 0.99
+
+    def left(self, step: float, turned: float, size: float) -> float:
+        """Beside |w|: the sum of the steps to come, if they shrink as in the slower of two rounds.
+
+        They are expected to be longer where a step had to exceed Newton's, ``turned``.
+        """
+        longest = max(step, turned)
+        last, self.rate = self.rate, min(max(longest / max(self.before, TINY), 0.1), 0.99)
+        self.before, slower = longest, max(last, self.rate)
+        return (
+            longest / max(size, TINY) * max(1.0, step / max(turned, TINY)) * slower / (1 - slower)
+        )
 
 
 def _newton(tokens: Tokens, curvature: Tensor, l2: float, *, first: bool) -> "_Newton | _Dual":
@@ -307,7 +324,7 @@ class _Logistic:
         return self.tokens.transposed(self.residual) + self.l2 * self.known[:, 1]
 
     def step(self, direction: Tensor) -> Tensor:
-        """The best step that uses ``direction`` [l, D]; returns its length beside |w|, [l]."""
+        """The best step that uses ``direction`` [l, D]; returns its length, [l]."""
         self.known[:, 3], self.columns[:, 3] = direction, self.tokens.times(direction)
         share = torch.zeros_like(self.known[..., 0])  # [l, 4]: bias, w, last step, new direction
         share[:, 0], share[:, 1] = self.bias, 1.0
@@ -317,7 +334,7 @@ class _Logistic:
         step = _times(self.state[:, 2:].transpose(1, 2), share[:, 2:])
         self.state[:, 1] = share[:, 1:2] * self.state[:, 1] + step
         self.state[:, 2] = step
-        return _size(self.known[:, 1] - old) / _size(self.known[:, 1]).clamp_min(TINY)
+        return _size(self.known[:, 1] - old)
 
     def _newton(self, share: Tensor, penalty: Tensor) -> Tensor:
         """One Newton step for the shares, halved until it helps."""

@@ -211,7 +211,7 @@ def _fit(
             f"the training rows hold one class only ({int(keep.sum())} of {len(y)} rows, "
             f"held_out={held_out}); give more examples of both labels"
         )
-    task = _Task(y, keep, token_rows(recording), method, normalize, l2, seed)
+    task = _Task(y, keep, token_rows(recording), method, normalize, l2, seed, n_heads is None)
     fits: list[tuple[Tensor, ...]] = []
     for tokens in in_groups(recording, task.use, unit=normalize, device=device):
         fits.append(task.fit(tokens, fits[-1][0] if fits else None))
@@ -260,6 +260,7 @@ class _Task:
     normalize: bool
     l2: float
     seed: int
+    alike: bool  # whether one layer's weight tells something of the next one's
 
     @property
     def use(self) -> Tensor:
@@ -296,13 +297,13 @@ class _Task:
 
     def _logistic(self, tokens: Tokens, before: Tensor | None) -> tuple[Tensor, Tensor]:
         targets = (self.labels[self.rows] + 1) / 2
-        single = tokens.layers == 1 and self.normalize  # then the layer before is a good start
+        near = before is not None and self.normalize and self.alike
         weight, bias = logistic(
             tokens,
             targets,
             l2=self.l2,
             with_bias=not self.normalize,
-            start=before if single else None,
+            start=before[-1:] if before is not None and near else None,
         )
         return weight, bias.cpu()
 
