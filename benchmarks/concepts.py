@@ -538,14 +538,18 @@ def steering_table(lines: list[dict[str, Any]]) -> list[str]:
     return made
 
 
+EARLIER = "20, without examples"  # lines of an earlier form of this benchmark
+
+
 def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
     """The tuned setting against the paper's layers, on held-out prompts."""
     made = [
         "\n## Tuned against the paper's layers: effect (perplexity ratio) on held-out prompts\n",
         "Grid: the largest of the paper's scales 8, 16, 32, 64 in the bound (no edit if none is).",
-        "16: the same layers, with their dose tuned as the others' is.\n",
-        "| concept | no edit | grid | 16 | tuned | just asking | tuned - 16 [95 %] | setting |",
-        "|---|---|---|---|---|---|---|---|",
+        "16: the same layers, with their dose tuned as the others' is. Tuned: layers, tokens and dose",
+        'from 30 settings, among them some where "each its own" dose follows slopes (examples=).\n',
+        "| concept | no edit | grid | 16 | tuned | just asking | tuned - 16 [95 %] | prompts | setting |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
         held, setting = line["tuned"]["held out"], line["tuned"]["setting"]
@@ -559,7 +563,8 @@ def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
         where = f"{layers[0]}-{layers[-1]}" if run else ",".join(map(str, layers))
         where += ", each its own" if setting.get("weights") else ""
         told = f"{where}, {setting['tokens']}, dose {setting['dose']:.3g}"
-        cells += [f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]", told]
+        count = line["tuned"].get("prompts", {}).get("held out", EARLIER)
+        cells += [f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]", str(count), told]
         made.append(f"| {line['concept']} | {' | '.join(cells)} |")
     return made
 
