@@ -546,9 +546,9 @@ def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
     made = [
         "\n## Tuned against the paper's layers: effect (perplexity ratio) on held-out prompts\n",
         "Grid: the largest of the paper's scales 8, 16, 32, 64 in the bound (no edit if none is).",
-        "16: the same layers, with their dose tuned as the others' is. Tuned: the best of some thirty",
+        "16: the same layers, with their dose tuned as the others' is. Tuned: the best of thirty",
         'choices of layers and tokens; "each its own": doses by layer, found by slopes.\n',
-        "| concept | no edit | grid | 16 | tuned | just asking | tuned - 16 [95 %] | prompts | where |",
+        "| concept | no edit | grid | 16 | tuned | asking | tuned - 16 [95 %] | prompts | where |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
