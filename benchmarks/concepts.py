@@ -569,7 +569,7 @@ def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
     gains = [line["tuned"]["tuned - paper"] for line in lines]
     ahead, sure = sum(g > 0 for g, _, _ in gains), sum(low > 0 for _, low, _ in gains)
     made.append(
-        f"\nBy the mean, tuning is ahead of the 16 layers on {ahead} of {len(lines)} concepts, with "
+        f"\nBy the mean, tuning is ahead of the 16 on {ahead} of {len(lines)} concepts, with "
         f"an interval above 0 on {sure}. Most of what there is to gain lies in the dose."
     )
     return made
