@@ -245,6 +245,15 @@ def test_tune_stores_its_choice_in_the_artifact(model, probe, prompts, tmp_path)
     assert f"a dose of {tuned.guidance['dose']:g}" in said.out + said.err
 
 
+def test_tune_takes_examples_and_says_at_once_where_there_are_none(model, probe, prompts):
+    given = ["tune", probe, "-p", prompts, "-j", WORDS, "--max-new-tokens", 6, "--max-ratio", 3]
+    done = trimtab(*given, "-m", model, "--budget", 800, "--examples", probe.with_suffix(".jsonl"))
+    assert done.code == 0, done
+    assert tt.load(probe).guidance is not None
+    wrong = trimtab(*given, "-m", "no-such-model", "--examples", "no-such-set")
+    assert wrong.code == 2 and "no-such-set" in wrong.err  # before a model is looked for
+
+
 @pytest.mark.parametrize(
     "judge, told",
     [("nobody", "no judge 'nobody'"), ("lexicon:love", "no judge 'lexicon:love'")],

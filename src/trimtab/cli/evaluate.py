@@ -150,6 +150,7 @@ def tune(
     loaded, listed = tt.load(probe), tt.selfcontrol.read_prompts(prompts)
     if not isinstance(loaded, tt.Probe):
         raise TrimtabError(f"{probe} holds {type(loaded).__name__}; tune a probe (trimtab fit)")
+    labelled = None if examples is None else tt.data.read(examples)
     lm = load_model(model)
     journal = target.with_name(f".{target.name}-tuning.jsonl")
     found = tt.evals.tune(
@@ -157,7 +158,7 @@ def tune(
         loaded,
         listed,
         graded(lm),
-        examples=None if examples is None else tt.data.read(examples),
+        examples=labelled,
         budget=budget,
         max_ratio=max_ratio,
         max_new_tokens=max_new_tokens,

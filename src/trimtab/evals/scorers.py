@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.evals.identity import scorer_identity as scorer_identity
 from trimtab.solvers import auroc
 
 FORM = "Message: {prompt}\nReply: {answer}\n{question}"

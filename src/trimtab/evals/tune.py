@@ -17,8 +17,9 @@ from typing import Any
 
 from trimtab.concepts import Probe
 from trimtab.edits import Add
+from trimtab.evals.identity import scorer_identity
 from trimtab.evals.profile import DAMPING, profiles
-from trimtab.evals.scorers import Scorer, prompt_text, score, scorer_identity
+from trimtab.evals.scorers import Scorer, prompt_text, score
 from trimtab.evals.sweep import (
     MAX_RATIO,
     Pieces,

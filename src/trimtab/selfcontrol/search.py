@@ -349,7 +349,7 @@ class _Search:
             [Add(state.place, state.delta[:, None]) for state in states],
             objective=options.objective,
             label_smoothing=options.label_smoothing,
-            perplexity=number == 1,
+            perplexity=not states[0].trace,  # all of them are read already, or none
             batch_size=max(options.batch_size // 4, 1),
         )
         for i, state in enumerate(states):
