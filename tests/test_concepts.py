@@ -354,7 +354,7 @@ def test_a_hessian_of_some_tokens_leads_to_the_optimum_of_all(monkeypatch, l2):
         solvers.Tokens,
         "gram",
         lambda own, c, some: (
-            counts.append(3000 if some is None else int(some.sum())) or gram(own, c, some)
+            counts.append(3000 if some is None else len(some)) or gram(own, c, some)
         ),
     )
     probe = tt.concepts.fit_recording(rec, y, "logistic", normalize=False, l2=l2)
@@ -376,7 +376,7 @@ def test_a_sample_is_the_same_whatever_the_chunks_are():
         picked = tokens.sample(10)
         values = tokens.rows(picked)[0] + tokens.mean
         found.append(values.sort(0).values)
-        assert int(picked.sum()) == 10
+        assert len(picked.unique()) == 10
     torch.testing.assert_close(found[0], found[1])
     assert float(found[0][-1, 0] - found[0][0, 0]) > 30  # from all over the recording
 
@@ -387,7 +387,7 @@ def test_gram_is_the_weighted_second_moment(monkeypatch):
     rec = recorded(list(x[:, None]), place="resid@1:3")
     tokens = next(solvers.in_groups(rec, torch.ones(90), unit=False))
     held = tokens.held[0].double()
-    found = tokens.gram(w[: tokens.layers])[0]
+    found = tokens.gram(w[: tokens.layers])[0].double()
     wanted = held.T @ (held * w[0, :, None])
     torch.testing.assert_close(found.tril(), wanted.tril(), rtol=1e-4, atol=1e-3)
     assert float((found.tril() - (held.T @ held).tril()).abs().max()) > 1  # the control

@@ -87,42 +87,46 @@ class Tokens:
         return total
 
     def gram(self, weights: Tensor, some: Tensor | None = None) -> Tensor:
-        """The lower triangle of X' diag(weights) X, [l, D, D] float64, for ``weights`` [l, N].
+        """The lower triangle of X' diag(weights) X, [l, D, D], for ``weights`` [l, N] of 0 or more.
 
-        With ``some``, a bool for each token, of these tokens alone.
+        With ``some`` (their numbers), of these tokens alone.
         Above its diagonal blocks stand zeros: a Cholesky factorisation does not look there.
         """
         total = torch.zeros(self.layers, self.width, self.width, device=self.device)
-        weights = (weights if some is None else weights[:, some]).float()[..., None]
-        start, step = 0, max(64, -(-self.width // 4))
+        roots, start = (weights if some is None else weights[:, some]).sqrt().float(), 0
+        step = max(64, -(-self.width // 6))
         for x in self._blocks(some):
-            here = weights[:, start : start + x.shape[1]]
+            here = roots[:, start : start + x.shape[1], None]
             start += x.shape[1]
+            rows = (x * here).transpose(1, 2).contiguous()  # [l, D, n]
             for i in range(0, self.width, step):
-                part = (x[..., i : i + step] * here).transpose(1, 2)
-                total[:, i : i + step, : i + step] += torch.bmm(part, x[..., : i + step])
-        return total.double()
+                part = slice(i, i + step)
+                total[:, part, : i + step] += _inner(rows[:, part], rows[:, : i + step])
+        return total
 
     def rows(self, some: Tensor) -> Tensor:
-        """The rows of X of ``some``, a bool for each token: [l, n, D]."""
+        """The rows of X of ``some``, the numbers of tokens: [l, n, D]."""
         return torch.cat(list(self._blocks(some)), 1)
 
     def sample(self, count: int) -> Tensor:
-        """About every n-th token in use, ``count`` in all: a bool for each token."""
-        chosen = torch.zeros(len(self.use), dtype=torch.bool, device=self.device)
+        """About every n-th token in use, ``count`` in all: their numbers, in order."""
         steps = torch.arange(min(count, len(self.order)), device=self.device)
-        chosen[self.order[steps * len(self.order) // len(steps)]] = True
-        return chosen
+        return self.order[steps * len(self.order) // len(steps)].sort().values
 
     def _blocks(self, some: Tensor | None = None) -> Iterator[Tensor]:
         """All tokens in order, or those of ``some``, a part at a time, [l, n, D]."""
         start = 0
         for x in self._read() if self.held is None else self.held.split(BLOCK, 1):
+            end = start + x.shape[1]
             if self.held is None:
                 x = x.to(self.device, torch.float32) - self.mean[:, None]
                 x = x / _length(x) if self.unit else x
-            yield x if some is None else x[:, some[start : start + x.shape[1]]]
-            start += x.shape[1]
+            if some is None:
+                yield x
+            else:
+                first, last = torch.searchsorted(some, torch.tensor([start, end]).to(some)).tolist()
+                yield x.index_select(1, some[first:last] - start)
+            start = end
 
     def _read(self) -> Iterator[Tensor]:
         for chunk in self.recording.chunks():
@@ -166,6 +170,14 @@ def _product(x: Tensor, values: Tensor) -> Tensor:
         made = [_with_vector(m, v) for m, v in zip(x, values, strict=True)]
         return torch.stack(made) if len(made) > 1 else made[0][None]
     return torch.bmm(x, values[..., None])[..., 0]
+
+
+def _inner(x: Tensor, y: Tensor) -> Tensor:
+    """Inner products of all rows of [l, n, D] and [l, m, D]: [l, n, m]."""
+    if x.device.type == "cpu":
+        made = [onednn(a, b) for a, b in zip(x, y, strict=True)]
+        return torch.stack(made) if len(made) > 1 else made[0][None]
+    return torch.bmm(x, y.transpose(1, 2))
 
 
 def _with_vector(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -213,7 +225,7 @@ def logistic(
         if turn % REUSED == 0:
             newton = _newton(tokens, fit.curvature, l2, first=turn == 0)
         turned = newton.direction(fit.gradient())
-        lengths = torch.stack([fit.step(turned), _size(turned), _size(fit.known[:, 1])], 1).tolist()
+        lengths = torch.stack([fit.step(turned), _size(turned), _size(fit.weight)], 1).tolist()
         left = [p.left(*lengths[i]) for i, p in enumerate(pace)]
         if max(left) <= tolerance:
             break
@@ -226,7 +238,7 @@ def logistic(
             ROUNDS,
             l2,
         )
-    return fit.known[:, 1], fit.bias
+    return fit.weight, fit.bias
 
 
 @dataclass
@@ -273,12 +285,14 @@ class _Newton:
         self.scale = hessian.diagonal(dim1=1, dim2=2).rsqrt()  # makes rounding alike everywhere
         hessian *= self.scale[:, :, None] * self.scale[:, None]
         hessian.diagonal(dim1=1, dim2=2).add_(RIDGE)
-        self.factor = torch.linalg.cholesky(hessian)
+        self.factor, failed = torch.linalg.cholesky_ex(hessian)
+        if bool(failed.any()):
+            self.factor = torch.linalg.cholesky(hessian.double()).float()
 
     def direction(self, gradient: Tensor) -> Tensor:
         """For ``gradient`` [l, D]."""
-        scaled = torch.cholesky_solve((self.scale * gradient)[..., None], self.factor)
-        return self.scale * scaled[..., 0]
+        scaled = (self.scale * gradient).float()[..., None]
+        return self.scale * torch.cholesky_solve(scaled, self.factor)[..., 0]
 
 
 class _Dual:
@@ -287,7 +301,7 @@ class _Dual:
     def __init__(self, tokens: Tokens, curvature: Tensor, l2: float, some: Tensor) -> None:
         self.rows, self.l2 = tokens.rows(some), l2
         self.rows = self.rows * (curvature[:, some] / l2).sqrt().float()[..., None]
-        inner = torch.bmm(self.rows, self.rows.transpose(1, 2))
+        inner = _inner(self.rows, self.rows)
         inner.diagonal(dim1=1, dim2=2).add_(1.0)
         self.factor = torch.linalg.cholesky(inner)
 
@@ -298,11 +312,11 @@ class _Dual:
 
 
 class _Logistic:
-    """Logistic regressions on their way: w, the last step and the next are known by X w.
+    """Logistic regressions on their way.
 
-    ``state`` [l, 4, D + N] holds nothing (for the bias), w, the last step and the new direction;
-    ``known`` and ``columns``, parts of it, the vectors and the logits that each makes: ones for the
-    bias, then the products with X.
+    ``state`` [l, 4, 1 + D + N]: a bias, a vector and the logits that both make; first of the bias
+    alone, then of where the fit is, of its last step and of the next direction. ``slope`` and
+    ``curve`` [l, 1 + D + N] are the loss's derivatives by each of these numbers, where the fit is.
     """
 
     def __init__(
@@ -310,57 +324,59 @@ class _Logistic:
     ) -> None:
         self.tokens, self.l2 = tokens, l2
         self.targets = targets.to(tokens.device, torch.float64)
-        self.bias = torch.zeros(tokens.layers, dtype=torch.float64, device=tokens.device)
-        self.state = self.bias.new_zeros(tokens.layers, 4, tokens.width + len(targets))
-        self.known = self.state[..., : tokens.width]
-        self.columns = self.state[..., tokens.width :]
-        self.columns[:, 0] = float(with_bias)
+        self.vector, self.logits = slice(1, 1 + tokens.width), slice(1 + tokens.width, None)
+        size = 1 + tokens.width + len(targets)
+        self.state = self.targets.new_zeros(tokens.layers, 4, size)
+        self.slope, self.curve = self.state.new_zeros(2, tokens.layers, size)
+        self.curve[:, self.vector] = l2
+        self.state[:, 0, 0] = self.state[:, 0, self.logits] = float(with_bias)
         if start is not None:
-            self.known[:, 1] = start.to(tokens.device)
-            self.columns[:, 1] = tokens.times(self.known[:, 1])
-        self._move(self.columns[:, 1], l2 * (self.known[:, 1] ** 2).sum(-1) / 2)
+            self.state[:, 1, self.vector] = start.to(tokens.device)
+            self.state[:, 1, self.logits] = tokens.times(start.to(tokens.device))
+        self.bias, self.weight = self.state[:, 1, 0], self.state[:, 1, self.vector]  # [l], [l, D]
+        self.curvature = self.curve[:, self.logits]  # of the loss by each token's logit, [l, N]
+        self._move(self.state[:, 1])
 
     def gradient(self) -> Tensor:
-        return self.tokens.transposed(self.residual) + self.l2 * self.known[:, 1]
+        """By the weights, [l, D]."""
+        own: Tensor = self.slope[:, self.vector]
+        return own + self.tokens.transposed(self.slope[:, self.logits])
 
     def step(self, direction: Tensor) -> Tensor:
-        """The best step that uses ``direction`` [l, D]; returns its length, [l]."""
-        self.known[:, 3], self.columns[:, 3] = direction, self.tokens.times(direction)
-        share = torch.zeros_like(self.known[..., 0])  # [l, 4]: bias, w, last step, new direction
-        share[:, 0], share[:, 1] = self.bias, 1.0
-        penalty = self.l2 * torch.bmm(self.known, self.known.transpose(1, 2))
-        share = self._newton(share, penalty)
-        old, self.bias = self.known[:, 1].clone(), share[:, 0]
-        step = _times(self.state[:, 2:].transpose(1, 2), share[:, 2:])
-        self.state[:, 1] = share[:, 1:2] * self.state[:, 1] + step
-        self.state[:, 2] = step
-        return _size(self.known[:, 1] - old)
+        """The best step that uses ``direction`` [l, D]; returns its length, [l].
 
-    def _newton(self, share: Tensor, penalty: Tensor) -> Tensor:
-        """One Newton step for the shares, halved until it helps."""
-        columns, before = self.columns, self.loss
-        slope = _times(columns, self.residual) + _times(penalty, share)
-        hessian = torch.bmm(columns * self.curvature[:, None], columns.transpose(1, 2)) + penalty
+        One Newton step for the four shares, halved until it helps.
+        """
+        self.state[:, 3, self.vector] = direction
+        self.state[:, 3, self.logits] = self.tokens.times(direction)
+        turned, here, before = self.state.transpose(1, 2), self.state[:, 1], self.loss
+        hessian = torch.bmm(self.state * self.curve[:, None], turned)
         scale = (hessian.diagonal(dim1=1, dim2=2) + TINY).rsqrt()
         hessian = hessian * scale[:, :, None] * scale[:, None]
         hessian.diagonal(dim1=1, dim2=2).add_(1e-10)  # what is not there, stays at 0
-        newton = scale * torch.linalg.solve(hessian, scale * slope)
+        slope = scale * _times(self.state, self.slope)
+        newton = scale * torch.linalg.solve_ex(hessian, slope)[0]
         for _ in range(30):
-            new: Tensor = share - newton
-            z = _times(columns.transpose(1, 2), new)
-            self._move(z, (new * _times(penalty, new)).sum(-1) / 2)
+            new = here - _times(turned, newton)
+            self._move(new)
             worse = self.loss > before + 1e-12 * before.abs()
             if not bool(worse.any()):
                 break
             newton = torch.where(worse[:, None], newton / 2, newton)
-        return new
+        self.state[:, 2] = new - here
+        self.state[:, 1] = new
+        return _size(self.state[:, 2, self.vector])
 
-    def _move(self, z: Tensor, penalty: Tensor) -> None:
-        """Go to logits z [l, N]: the loss there, and what its derivatives are made of."""
-        use, p = self.tokens.use, torch.sigmoid(z)
-        self.residual, self.curvature = use * (p - self.targets), use * p * (1 - p)
-        crossentropy = torch.nn.functional.softplus(z) - self.targets * z
-        self.loss = (use * crossentropy).sum(-1) + penalty
+    def _move(self, new: Tensor) -> None:
+        """The loss and its derivatives at ``new`` [l, 1 + D + N]."""
+        use, w, z = self.tokens.use, new[:, self.vector], new[:, self.logits]
+        p, mine = torch.sigmoid(z), use * self.targets
+        used = use * p
+        self.slope[:, self.vector] = self.l2 * w
+        self.slope[:, self.logits] = used - mine
+        self.curvature[:] = used * (1 - p)
+        crossentropy = use * torch.nn.functional.softplus(z) - mine * z
+        self.loss = crossentropy.sum(-1) + self.l2 / 2 * (w * w).sum(-1)
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
