@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 import model_zoo
 import tokenizers_zoo as zoo
 import trimtab as tt
-from trimtab import cache, harvest, products
+from trimtab import cache, decode, harvest, products
 from trimtab.selfcontrol import Judge
 from trimtab.selfcontrol.judge import encoded, readings
 
@@ -107,6 +107,66 @@ def test_answers_are_those_of_the_usual_products(name, monkeypatch):
             taken.clear()
             assert answers(lm, rows) == found
             assert not taken
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_weights_give_the_usual_answers(name, monkeypatch):
+    lm, used = tt.LM(model_zoo.tiny(name)), set()
+    own = products.onednn
+    spy = lambda x, w, b=None: used.add(w.layout) or own(x, w, b)  # noqa: E731
+    monkeypatch.setattr(products, "onednn", spy)
+    monkeypatch.setattr(products, "PAYS", 8)  # as many tokens as `answers` makes
+    for rows, packs in ((3, False), (6, True), (129, False)):
+        used.clear()
+        found = answers(lm, rows)
+        if name != "gpt2":  # it has no linear maps
+            assert (torch._mkldnn in used) == packs
+        with monkeypatch.context() as patch:
+            patch.setattr(products, "PAYS", 9)
+            used.clear()
+            assert answers(lm, rows) == found
+            assert torch._mkldnn not in used, "control"
+    assert not lm.products.packs and not any("_packed" in m.__dict__ for m in lm.model.modules())
+
+
+def test_packed_weights_follow_the_weights_and_stay_within_their_room(monkeypatch):
+    monkeypatch.setattr(products, "PAYS", 8)
+    lm, other = (tt.LM(model_zoo.tiny("llama")) for _ in range(2))
+    with lm.products.kept():
+        first = answers(lm, 6)
+        made = dict(lm.products.packs)
+        assert len(made) == len(lm.products.maps)
+        assert answers(lm, 6) == first
+        assert all(lm.products.packs[m] is pack for m, pack in made.items()), "made once"
+        for model in (lm, other):
+            with torch.no_grad():
+                model.model.lm_head.weight.neg_()
+        found = answers(lm, 6)
+        again = [m for m, pack in made.items() if lm.products.packs[m] is not pack]
+        assert again == [lm.model.lm_head]
+    assert found == answers(other, 6) != first
+    monkeypatch.setattr(products, "ROOM", 1000)
+    with lm.products.kept():
+        assert answers(lm, 6) == found
+        assert not lm.products.packs
+
+
+def test_a_stream_that_is_left_behind_leaves_nothing_packed(monkeypatch):
+    monkeypatch.setattr(products, "PAYS", 8)
+    lm = tt.LM(model_zoo.tiny("llama"))
+    head = lm.model.lm_head
+    batch = tt.Batch(torch.arange(3, 45).reshape(6, 7))
+    first, second = (
+        decode.columns(
+            lm, batch, lm._call(batch, None), sampling=decode.Sampling(), max_new_tokens=8
+        )
+        for _ in range(2)
+    )
+    next(first), next(second)
+    first.close()
+    assert "_packed" in head.__dict__ and lm.products.packs
+    assert len(list(second)) == 7
+    assert "_packed" not in head.__dict__ and not lm.products.packs
 
 
 def test_without_onednn_the_usual_routine_is_called(monkeypatch):
@@ -266,6 +326,11 @@ def test_a_bias_may_be_strided_and_a_copy_made_in_a_pass_is_a_copy():
         twin = copy.deepcopy(map_)
         twin.weight.zero_()
         assert torch.allclose(twin(x), twin.bias.expand(9, -1))
+        with made.packed(9, products.PAYS):
+            twin = copy.deepcopy(map_)
+            twin.weight.data.zero_()
+            assert torch.allclose(twin(x), twin.bias.expand(9, -1))
+            assert torch.allclose(map_(x), usual, atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [False, True])

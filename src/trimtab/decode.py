@@ -191,8 +191,10 @@ def columns(
     ``engine`` runs the passes (default: the model's own).
     """
     engine = lm.engine(call) if engine is None else engine
+    rows = 0 if engine.fixed else len(batch) * copies
     try:
-        yield from _columns(lm, engine, batch, call, sampling, max_new_tokens, copies, stop)
+        with lm.products.packed(rows, max_new_tokens):
+            yield from _columns(lm, engine, batch, call, sampling, max_new_tokens, copies, stop)
     finally:
         engine.close()
 

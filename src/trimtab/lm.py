@@ -390,20 +390,23 @@ class LM:
         edits, n = spread(edits, len(rows)), num_return_sequences
         groups = _groups([len(row.ids) for row in rows], batch_size)
         texts: dict[int, list[str]] = {}
-        for group in tqdm(groups, "generating", disable=not show_progress):
-            ids = self.generate_ids(
-                chat.pad([rows[i] for i in group], chat.pad_id(self.tokenizer)),
-                edits if edits is None or isinstance(edits, Edit) else [edits[i] for i in group],
-                max_new_tokens,
-                temperature,
-                num_return_sequences=n,
-                seed=None if seed is None else seed + len(texts),
-                stop=stop,
-                **options,
-            )
-            for k, i in enumerate(group):
-                own = ids[k * n : (k + 1) * n]
-                texts[i] = [self._trim(chat.decode(self.tokenizer, row), stop) for row in own]
+        with self.products.kept():
+            for group in tqdm(groups, "generating", disable=not show_progress):
+                ids = self.generate_ids(
+                    chat.pad([rows[i] for i in group], chat.pad_id(self.tokenizer)),
+                    edits
+                    if edits is None or isinstance(edits, Edit)
+                    else [edits[i] for i in group],
+                    max_new_tokens,
+                    temperature,
+                    num_return_sequences=n,
+                    seed=None if seed is None else seed + len(texts),
+                    stop=stop,
+                    **options,
+                )
+                for k, i in enumerate(group):
+                    own = ids[k * n : (k + 1) * n]
+                    texts[i] = [self._trim(chat.decode(self.tokenizer, row), stop) for row in own]
         answers = [texts[i] if n > 1 else texts[i][0] for i in range(len(rows))]
         return answers[0] if single else answers
 

@@ -17,14 +17,70 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-FEW = 4  # rows
+FEW, SOME = 4, 128  # rows
+PAYS = 40  # passes of some rows: what packing the weights takes, and gains
+ROOM = 2**31  # bytes: the most that packed weights may take
+
+
+class Pack:
+    """A weight, laid out as oneDNN's routine wants it; good while the weight stays as it was."""
+
+    def __init__(self, weight: Tensor, laid_out: Tensor) -> None:
+        self.state, self.laid_out = _state(weight), laid_out
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of a module has a weight of its own."""
 
 
 class Products:
-    """The linear maps of a model, and a context in which they take their fastest form."""
+    """The linear maps of a model, and contexts in which they take their fastest form."""
 
     def __init__(self, model: nn.Module) -> None:
         self.maps = [m for m in model.modules() if type(m) is nn.Linear]
+        self.packs: dict[nn.Linear, Pack] = {}
+        self.keeping = self.packing = 0
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """What is packed inside stays so to the end: for many generations."""
+        self.keeping += 1
+        try:
+            yield
+        finally:
+            self.keeping -= 1
+            if not self.keeping:
+                self.packs.clear()
+
+    @contextmanager
+    def packed(self, rows: int, passes: int) -> Iterator[None]:
+        """For ``passes`` of so many rows each: with packed weights, where that pays.
+
+        That hangs on nothing that was done before, so that the same call gives the same again.
+        """
+        if not FEW < rows <= SOME or passes < PAYS:
+            yield
+            return
+        with self.kept():
+            self._pack()
+            self.packing += 1
+            try:
+                yield
+            finally:
+                self.packing -= 1
+                if not self.packing:
+                    for module in self.maps:
+                        module.__dict__.pop("_packed", None)
+
+    def _pack(self) -> None:
+        mine = [m for m in self.maps if _fits(m.weight)]
+        reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+        if reorder is None or sum(4 * m.weight.numel() for m in mine) > ROOM:
+            return
+        for module in mine:
+            weight, known = module.weight, self.packs.get(module)
+            if known is None or known.state != _state(weight):
+                self.packs[module] = Pack(weight, reorder(weight.detach(), SOME // 4))
+            module.__dict__["_packed"] = self.packs[module]
 
     @contextmanager
     def fast(self) -> Iterator[None]:
@@ -94,9 +150,22 @@ def _forward(self: nn.Linear, input: Tensor) -> Tensor:
     if input.numel() <= FEW * input.shape[-1]:
         return _transposed(input, self.weight, self.bias)
     if not (torch.is_grad_enabled() and input.requires_grad):
-        return onednn(input, self.weight, self.bias)
+        few = input.numel() <= SOME * input.shape[-1]
+        weight = _packed(self) if few else None
+        return onednn(input, self.weight if weight is None else weight, self.bias)
     made: Tensor = _Product.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
     return made
+
+
+def _packed(self: nn.Linear) -> Tensor | None:
+    """The packed weight, unless the weight has changed since."""
+    pack: Pack | None = self.__dict__.get("_packed")
+    return None if pack is None or pack.state != _state(self.weight) else pack.laid_out
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    """Where a weight lies, and how often it was changed."""
+    return weight.data_ptr(), weight._version
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -145,5 +214,5 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(x, weight, bias)
     bias = None if bias is None else bias.contiguous()  # it looks at no stride of a bias
     made = fused(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias, "none", [], "")
-    whole: Tensor = torch.ops.aten._unsafe_view(made, (*x.shape[:-1], len(weight)))
+    whole: Tensor = torch.ops.aten._unsafe_view(made, (*x.shape[:-1], made.shape[-1]))
     return whole  # no view of ``made``, so that it may be changed in place

@@ -207,7 +207,8 @@ def sweep(
             (folder / "progress.jsonl").unlink(missing_ok=True)  # a crash may have left it
             return found
         raise ArtifactError(f"{done} is the result of another sweep; name another folder")
-    with Journal(None if folder is None else folder / "progress.jsonl", job) as journal:
+    progress = None if folder is None else folder / "progress.jsonl"
+    with Journal(progress, job) as journal, lm.products.kept():
         pieces = Pieces(journal, batch_size, show_progress)
         made = Sweep(plan.run(pieces, pairs), title, job)
         if folder is not None:

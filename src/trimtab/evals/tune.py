@@ -150,7 +150,7 @@ def tune(
     job |= {"tokens": list(tokens), "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     if examples is not None:
         job |= {"examples": [[prompt_text(e.prompt), e.completion, e.label] for e in examples]}
-    with Journal(out, job) as journal:
+    with Journal(out, job) as journal, lm.products.kept():
         pieces = Pieces(journal, batch_size, show_progress)
         search = _Search(lm, probe, asked, scorer, pieces, max_new_tokens, max_ratio)
         return search.run(starts, pairs, budget, examples)

@@ -88,7 +88,7 @@ def targets(
             solution.edit.save(folder / name)
         return _record(solution) | {"edit": name}
 
-    with Journal(folder / RECORDS, job) as journal:
+    with Journal(folder / RECORDS, job) as journal, lm.products.kept():
         for number in tqdm(range(len(given)), "solving", disable=not show_progress):
             journal.piece(str(number), lambda number=number: record(number))  # type: ignore[misc]
     return read_targets(folder)

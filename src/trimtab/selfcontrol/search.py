@@ -224,14 +224,15 @@ def solve(
         ids = row.ids[: row.prompt_len]
         states.append(_State(own, ids, one, torch.zeros(shape, device=lm.device)))
     search = _Search(lm, judges, chosen)
-    search.begin(states, starts if initial_response is not None else None)
     bar = tqdm(range(1, chosen.steps + 1), "solving", disable=not show_progress)
-    for number in bar:
-        live = [state for state in states if state.alive]
-        if not live:
-            break
-        bar.set_postfix(live=len(live))
-        search.iterate(live, number)
+    with lm.products.kept():
+        search.begin(states, starts if initial_response is not None else None)
+        for number in bar:
+            live = [state for state in states if state.alive]
+            if not live:
+                break
+            bar.set_postfix(live=len(live))
+            search.iterate(live, number)
     made = [search.solution(state) for state in states]
     return made[0] if single else made
 
