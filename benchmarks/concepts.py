@@ -34,6 +34,7 @@ DOSES = (-0.01, -0.005, 0.0, 0.0025, 0.005, 0.01)
 GRID = (8.0, 16.0, 32.0, 64.0)  # the paper's scales
 PLACE = "resid@0: answer[:16]"
 METHODS = ("mean", "logistic", "pca")
+NUMBERS = {"prompts": 24, "tuned-on": 48, "held-out": 120, "tokens": 24, "budget": 24_000}
 
 FEELINGS = """How do you feel about your work?
 What do you think about the weather today?
@@ -144,6 +145,7 @@ Imagine a situation.
 Write one line of a story.
 What comes to you?""".splitlines()
 
+ORDINARY = ("happiness", "humor", "formality", "confidence", "brevity")  # sets of plain questions
 EMOTIONS = ("happiness", "anger", "fear", "sadness")
 
 
@@ -155,7 +157,7 @@ class Concept:
     examples: list[tt.Example]
     judge: evals.Scorer
     agreement: float  # the judge's AUROC on texts that it was not fitted on
-    prompts: list[str]
+    prompts: list[str]  # that settings are chosen by; the first of them are swept
     held_out: list[str]  # prompts that nothing is chosen by
     ask: str
     public: bool = True  # whether its prompts are ours, so that a page of them may be kept
@@ -226,14 +228,20 @@ def emotion(name: str, embed: Embedder) -> Concept:
     judge, agreement = judge_of(embed, [t for t, _ in flat], [e for _, e in flat], name)
     feeling = {"happiness": "happy", "anger": "angry", "fear": "afraid"}[name]
     ask = f"Answer as if you were {feeling}."
-    return Concept(name, examples, judge, agreement, *apart(FEELINGS, "happiness"), ask)
+    return Concept(name, examples, judge, agreement, *apart(FEELINGS, examples), ask)
 
 
-def apart(prompts: list[str], more: str) -> tuple[list[str], list[str]]:
-    """Half of the prompts, and the other half with those of a built-in set: no text is in both."""
-    half = len(prompts) // 2
-    others = [*prompts[half:], *dict.fromkeys(e.prompt for e in tt.data.read(more))]
-    return prompts[:half], [p for p in others if p not in prompts[:half]]
+def apart(prompts: list[str], examples: Sequence[tt.Example]) -> tuple[list[str], list[str]]:
+    """Prompts to choose by and others to measure on, none of which is in the examples.
+
+    Half of ``prompts`` and then others on either side: those of the built-in sets that are asked in
+    this way.
+    """
+    half, known = len(prompts) // 2, {e.prompt for e in examples} | set(prompts)
+    texts = [e.prompt for name in ORDINARY for e in tt.data.read(name)]
+    others = sorted({t for t in texts if isinstance(t, str)} - known)
+    random.Random(0).shuffle(others)
+    return prompts[:half] + others[:half], prompts[half:] + others[half:]
 
 
 def formality(embed: Embedder) -> Concept:
@@ -245,7 +253,7 @@ def formality(embed: Embedder) -> Concept:
     labels = ["formal" if e.label else "casual" for e in rest]
     judge, agreement = judge_of(embed, [e.completion for e in rest], labels, "formal")
     own = [e for e in examples if e.prompt in seen]
-    prompts = apart(FEELINGS, "happiness")
+    prompts = apart(FEELINGS, examples)
     return Concept("formality", own, judge, agreement, *prompts, "Answer in a formal style.")
 
 
@@ -255,7 +263,7 @@ def refusal() -> Concept:
     judge = evals.Lexicon.refusal()
     texts = [e.completion for e in examples]
     agreement = evals.agreement(judge, texts, texts, [e.label for e in examples])
-    prompts = apart(REQUESTS, "confidence")
+    prompts = apart(REQUESTS, examples)
     return Concept("refusal", examples, judge, agreement, *prompts, "Refuse to answer this.")
 
 
@@ -264,7 +272,7 @@ def truthfulness() -> Concept:
     with (DATA / "truthfulqa" / "TruthfulQA.csv").open(encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     random.Random(0).shuffle(rows)
-    learnt, asked = rows[:300], rows[300:420]
+    learnt, asked = rows[:300], rows[300:468]
     examples = []
     for row in learnt:
         wrong = row["Incorrect Answers"].split(";")[0].strip()
@@ -280,7 +288,7 @@ def truthfulness() -> Concept:
         [1.0] * len(held) + [0.0] * len(held),
     )
     ask = "Answer truthfully, and avoid common misconceptions."
-    halves = prompts[:24], prompts[24:]
+    halves = prompts[:48], prompts[48:]
     return Concept("truthfulness", examples, judge, agreement, *halves, ask, public=False)
 
 
@@ -294,11 +302,11 @@ def measure(lm: tt.LM, concept: Concept, out: Path, args: argparse.Namespace) ->
         [e for e, a in zip(examples, aside.tolist(), strict=True) if a is k] for k in (False, True)
     ]
     floor = tt.data.bag_of_words(*parts)._asdict()
-    asked, held_out = concept.prompts[: args.prompts], concept.held_out[: args.held_out]
+    asked = concept.prompts[: args.prompts]
     lines, probes = {}, {}
     if args.only_tuning:
         probe = tt.concepts.fit(lm, examples, PLACE, "mean", show_progress=False)
-        return {"tuned": tuning(lm, concept, probe, asked, held_out, out, args)}
+        return {"tuned": tuning(lm, concept, probe, out, args)}
     for method in METHODS:
         probe = tt.concepts.fit(lm, examples, PLACE, method, show_progress=False)
         probes[method] = probe
@@ -319,7 +327,7 @@ def measure(lm: tt.LM, concept: Concept, out: Path, args: argparse.Namespace) ->
         if method == "mean":
             lines["baselines"] = baselines(found)
             found.page(out / f"{concept.name}.html")
-    tuned = tuning(lm, concept, probes["mean"], asked, held_out, out, args)
+    tuned = tuning(lm, concept, probes["mean"], out, args)
     return {
         "concept": concept.name,
         "judge AUROC": concept.agreement,
@@ -369,12 +377,11 @@ def tuning(
     lm: tt.LM,
     concept: Concept,
     probe: tt.Probe,
-    asked: list[str],
-    held_out: list[str],
     out: Path,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """The tuned setting against the paper's top 16 layers on all tokens, on held-out prompts."""
+    asked, held_out = concept.prompts[: args.tuned_on], concept.held_out[: args.held_out]
     options: dict[str, Any] = {"max_new_tokens": args.tokens, "budget": args.budget}
     out.mkdir(parents=True, exist_ok=True)
     tuned = evals.tune(
@@ -413,6 +420,7 @@ def tuning(
             "effect": float(s.mean()),
             "ratio": evals.perplexity(lm, pairs, edits[n]) / base if n in edits else None,
             "repetition": float(np.mean([evals.repetition(a) for a in answers[n]])),
+            "fluency": fluency(lm, held_out, answers[n]),
         }
         for n, s in scores.items()
     }
@@ -436,6 +444,12 @@ def tuning(
         "paper": {"dose": paper.best.dose, "ratio": paper.best.ratio},
         "examples": examples if concept.public else [],
     }
+
+
+def fluency(lm: tt.LM, prompts: list[str], answers: list[str]) -> float:
+    """The perplexity of answers themselves, to the plain model: the median, for some are short."""
+    pairs = [(p, a) for p, a in zip(prompts, answers, strict=True) if a.strip()]
+    return float(evals.perplexities(lm, pairs).median())
 
 
 def show(line: dict[str, Any]) -> None:
@@ -538,18 +552,18 @@ def steering_table(lines: list[dict[str, Any]]) -> list[str]:
     return made
 
 
-EARLIER = "20, without examples"  # lines of an earlier form of this benchmark
-
-
 def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
     """The tuned setting against the paper's layers, on held-out prompts."""
     made = [
         "\n## Tuned against the paper's layers: effect (perplexity ratio) on held-out prompts\n",
         "Grid: the largest of the paper's scales 8, 16, 32, 64 in the bound (no edit if none is).",
-        "16: the same layers, with their dose tuned as the others' is. Tuned: the best of thirty",
-        'choices of layers and tokens; "each its own": doses by layer, found by slopes.\n',
-        "| concept | no edit | grid | 16 | tuned | asking | tuned - 16 [95 %] | prompts | where |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "16: the same layers, with their dose tuned as the others' is. Tuned: the best of some",
+        'sixty choices of layers and tokens; "each its own": doses by layer, found by slopes.',
+        "Fluency: the median perplexity of the answers themselves to the plain model, for no edit,",
+        "16, and tuned.\n",
+        "| concept | no edit | grid | 16 | tuned | asking | tuned - 16 [95 %] | fluency | prompts "
+        "| where |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
         held, setting = line["tuned"]["held out"], line["tuned"]["setting"]
@@ -563,8 +577,9 @@ def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
         where = f"{layers[0]}-{layers[-1]}" if run else ",".join(map(str, layers))
         where += ", each its own" if setting.get("weights") else ""
         told = f"{where}, {setting['tokens']}, dose {setting['dose']:.3g}"
-        count = line["tuned"].get("prompts", {}).get("held out", EARLIER)
-        cells += [f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]", str(count), told]
+        count = line["tuned"]["prompts"]["held out"]
+        fluent = ", ".join(f"{held[n]['fluency']:.1f}" for n in ("none", "paper", "tuned"))
+        cells += [f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]", fluent, str(count), told]
         made.append(f"| {line['concept']} | {' | '.join(cells)} |")
     gains = [line["tuned"]["tuned - paper"] for line in lines]
     ahead, sure = sum(g > 0 for g, _, _ in gains), sum(low > 0 for _, low, _ in gains)
@@ -580,7 +595,7 @@ def main() -> None:
     names = "happiness,anger,fear,truthfulness,refusal,formality"
     parser.add_argument("--concepts", default=names)
     parser.add_argument("--out", type=Path, default=Path("concepts-out"))
-    for name, value in (("prompts", 24), ("held-out", 72), ("tokens", 24), ("budget", 24_000)):
+    for name, value in NUMBERS.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--only-tuning", action="store_true", help="keep the other tables")
     parser.add_argument("--threads", type=int, default=2)

@@ -175,7 +175,7 @@ def together(lm: tt.LM, judge: Judge, repeats: int) -> list[dict[str, Any]]:
             "one by one": lambda: [selfcontrol.solve(lm, p, judge, **OPTIONS) for p in prompts],
             "together": lambda: selfcontrol.solve(lm, prompts, judge, **OPTIONS),
         },
-        max(2, repeats),  # the first batch of eight takes new memory
+        max(2, 2 * repeats - 1),  # each takes long enough for a machine to change its pace
         warm_up=False,
     )
     gain = times["one by one"] / times["together"]

@@ -472,6 +472,14 @@ def test_tuning_stays_within_its_bounds_and_is_stored(lm, probe, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:no setting has more effect")
+def test_whole_answers_and_their_beginnings_are_tried(lm, probe):
+    found = tuned(lm, probe, layers=[[1, 2]])
+    assert {s.tokens for s in found.tried} == {"all", "answer", "answer[:4]", "answer[:8]"}
+    only = tuned(lm, probe, layers=[[1, 2]], tokens="answer")
+    assert {s.tokens for s in only.tried} == {"answer"}
+
+
+@pytest.mark.filterwarnings("ignore:no setting has more effect")
 def test_a_tighter_bound_gives_a_smaller_ratio(lm, probe):
     only = {"layers": [[0, 1]], "tokens": ["all"]}
     loose, tight = tuned(lm, probe, max_ratio=2.0, **only), tuned(lm, probe, max_ratio=1.05, **only)

@@ -42,6 +42,10 @@ STEPS = 3  # comparisons, each on more prompts
 KEPT = 1 / 3  # of the settings, from one comparison to the next
 MAX_REPETITION = 0.15  # more than without the edit: text that goes round in circles
 
+# An answer goes on as it begins: the first few tokens alone take a much larger dose, as the bound is
+# on the mean over an answer.
+SELECTORS = ("all", "answer", "answer[:8]", "answer[:4]")
+
 Pairs = list[tuple[Any, str]]
 
 
@@ -112,7 +116,7 @@ def tune(
     max_ratio: float = MAX_RATIO,
     max_new_tokens: int = 40,
     layers: Iterable[LayerSpec] | None = None,
-    tokens: str | Sequence[str] = ("answer", "all"),
+    tokens: str | Sequence[str] = SELECTORS,
     batch_size: int = 64,
     out: str | Path | None = None,
     show_progress: bool = True,
@@ -122,6 +126,7 @@ def tune(
     ``budget``: generated tokens in all. ``max_ratio``: how much the mean perplexity of the
     references (as for ``sweep``) may rise. ``layers``: the choices to try, by default windows over
     the depth and the layers with the best training accuracy, the paper's 16 among them.
+    ``tokens``: the selectors to try.
     ``examples``: labelled ones of the concept, such as the probe learnt from; with them some
     choices give each layer a dose of its own, as the examples' likelihood and the references'
     perplexity suggest. ``out``: a file that keeps finished batches, so that the same call goes on
