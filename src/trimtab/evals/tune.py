@@ -42,8 +42,8 @@ STEPS = 3  # comparisons, each on more prompts
 KEPT = 1 / 3  # of the settings, from one comparison to the next
 MAX_REPETITION = 0.15  # more than without the edit: text that goes round in circles
 
-# An answer goes on as it begins: the first few tokens alone take a much larger dose, as the bound is
-# on the mean over an answer.
+# An answer goes on as it begins: its first few tokens alone take a much larger dose, as the bound
+# is on the mean over an answer.
 SELECTORS = ("all", "answer", "answer[:8]", "answer[:4]")
 
 Pairs = list[tuple[Any, str]]
