@@ -127,6 +127,24 @@ FITTED = ("weight", "gain", "bias", "accuracy", "heldout_accuracy", "heldout_aur
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("method", tt.concepts.METHODS)
+def test_layers_in_groups_of_several_are_layers_at_once(method, normalize, monkeypatch):
+    random = torch.Generator().manual_seed(2)
+    rows = [torch.randn(6, 5, D, generator=random) + 0.4 * (i % 2) for i in range(60)]
+    rec, labels = tt.Recording.from_rows("resid@all", rows), [i % 2 for i in range(60)]
+    options = {"method": method, "held_out": 0.2}
+    at_once = tt.concepts.fit_recording(rec, labels, normalize=normalize, **options)
+    monkeypatch.setattr(solvers, "NARROW", 2 * D)  # groups of 2, 2 and 1
+    grouped = tt.concepts.fit_recording(rec, labels, normalize=normalize, **options)
+    for name in FITTED:
+        torch.testing.assert_close(
+            getattr(grouped, name), getattr(at_once, name), rtol=1e-3, atol=1e-3
+        )
+    other = tt.concepts.fit_recording(rec, labels, normalize=not normalize, **options)
+    assert not torch.allclose(other.weight, at_once.weight, atol=1e-2)  # the control
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("method", tt.concepts.METHODS)
 def test_chunked_is_unchunked(method, normalize):
     rows, labels = made(60)
     options = {"method": method, "normalize": normalize, "held_out": 0.25}

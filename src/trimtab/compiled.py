@@ -185,6 +185,7 @@ def runs_on_static_cache(lm: "LM") -> bool:
             whole = torch.ones(1, LENGTHS[0], dtype=torch.long, device=lm.device)
             static = lm.forward(ids[:, :1], whole, positions[:, 6:], cache=cache, keep=1).logits
     except Exception:  # a model that takes no static cache says so in its own way
+        log.debug("no static cache", exc_info=True)
         return False
     grown.start(batch, Call(Clock(batch.mask)), 1)
     plain = grown.step(ids[0, :1])

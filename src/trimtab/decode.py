@@ -210,7 +210,7 @@ def _columns(
     stop: Callable[[int, list[int]], bool] | None,
 ) -> Iterator[Column]:
     choose = sampling.chooser(batch.ids.device)
-    ends = torch.tensor(lm.end_ids, device=batch.ids.device)
+    ends = set(lm.end_ids)
     each = torch.arange(len(batch)).repeat_interleave(copies)
     if engine.fixed and copies > 1:
         batch = batch.rows(each.tolist())
@@ -224,8 +224,8 @@ def _columns(
     done = torch.zeros(len(live), dtype=torch.bool)
     for number in range(max_new_tokens):
         tokens = choose(history, logits).to(batch.ids.device)
-        over = torch.isin(tokens, ends).cpu() | done
         listed = tokens.tolist()
+        over = torch.tensor([token in ends for token in listed]) | done
         if stop is not None:
             for i, row in enumerate(live):
                 texts[row].append(listed[i])

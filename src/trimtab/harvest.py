@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from trimtab.chat import at_once
 from trimtab.edits import Edit
 from trimtab.errors import PlaceError
 from trimtab.merge import fingerprint, merge, spread
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
 
 TREE_WIDTH = 256  # tokens in one tree: attention inside a tree is quadratic, so trees stay small
-BUDGET = 1024  # tokens in one pass: larger padded batches are slower on a CPU
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,21 @@ class FlatReader(Reader):
         self.index = torch.tensor([i for row in where for i in row], dtype=torch.long)
         self.lengths = tuple(len(row) for row in where)
         self.kept: list[Tensor] = []
+        self.placed: dict[torch.device, Tensor] = {}
 
     def begin(self, positions: Tensor) -> None:
-        self.kept = []
+        self.kept, self.placed = [], {}
 
     def read(self, x: Tensor) -> None:
-        picked = x.flatten(0, 1)[self.index.to(x.device)]
-        self.kept.append(picked.to("cpu", self.dtype or picked.dtype))
+        if x.device not in self.placed:
+            self.placed[x.device] = self.index.to(x.device)
+        picked = x.flatten(0, 1)[self.placed[x.device]]
+        self.kept.append(picked if self.dtype is None else picked.to(self.dtype))
 
     def chunk(self, rows: tuple[int, ...]) -> Chunk:
         """What was read, [sum of lengths, L, D]."""
-        return Chunk(rows, self.lengths, torch.stack(self.kept, 1))
+        first = self.kept[0].device
+        return Chunk(rows, self.lengths, torch.stack([k.to(first) for k in self.kept], 1).cpu())
 
 
 def harvest(
@@ -101,9 +105,10 @@ def harvest(
         writer = ShardWriter(out, tracks, meta, len(rows), rank)
         _barrier(world)  # every process knows what is done before any of them writes more
     lay_out = _shared_once if edits is None and lm.takes_trees() else _plain
-    sheets = list(lay_out(rows, batch_size))
+    budget = at_once(lm.device)
+    sheets = list(lay_out(rows, batch_size, budget))
     if writer is not None and writer.done:
-        sheets = _remaining(sheets, writer.done, lambda rows: lay_out(rows, batch_size))
+        sheets = _remaining(sheets, writer.done, lambda rows: lay_out(rows, batch_size, budget))
     sheets = sheets[rank::world]
     bar = tqdm(
         total=sum(len(s.rows) for s in sheets),
@@ -219,7 +224,7 @@ def logits_at(
         lm._check_length(len(ids))
     asked = [Row(i, tuple(ids), 0, len(ids), (tuple(at),)) for i, (ids, at) in enumerate(rows)]
     lay_out = _shared_once if len(rows) > 1 and lm.takes_trees() else _plain
-    for sheet in lay_out(asked, batch_size):
+    for sheet in lay_out(asked, batch_size, at_once(lm.device)):
         (where,) = sheet.where
         index = torch.tensor([i for row in where for i in row], dtype=torch.long)
         with torch.no_grad(), lm.taps.held(lm.waits), head_at(lm.model, index, sheet.ids):
@@ -243,11 +248,11 @@ def fits_trees(lm: "LM") -> bool:
         len(rows), (*rows[-1].ids[:8], *[top] * 16), 1, 0, (tuple(range(8, 24)),) * len(places)
     )
     try:
-        tree = list(_trees([*rows, end], 32))
+        tree = list(_trees([*rows, end], TREE_WIDTH))
         found = read_sheet(lm, tree[0], places, layers)
     except Exception:  # a model that takes no 4-d mask says so in its own way
         return False
-    plain = read_sheet(lm, next(_plain([end], 32)), places, layers)
+    plain = read_sheet(lm, next(_plain([end], 1, TREE_WIDTH)), places, layers)
     return len(tree) == 1 and all(_close(a, b) for a, b in zip(found, plain, strict=True))
 
 
@@ -274,12 +279,15 @@ def _row(number: int, ids: Sequence[int], prompt_len: int, places: Sequence[Plac
     return Row(number, tuple(ids[:end]), prompt_len, len(ids), tuple(asked))
 
 
-def _plain(rows: Sequence[Row], batch_size: int) -> Iterator[Sheet]:
-    """Rows of similar length side by side, padded on the right, where no token ever looks."""
+def _plain(rows: Sequence[Row], batch_size: int, budget: int) -> Iterator[Sheet]:
+    """Rows of similar length side by side, padded on the right, where no token ever looks.
+
+    At most about ``budget`` tokens, and ``batch_size`` rows, make one sheet.
+    """
     ordered = sorted(rows, key=lambda r: len(r.ids), reverse=True)
     while ordered:
         width = len(ordered[0].ids)
-        count = max(1, min(batch_size, BUDGET // width))
+        count = max(1, min(batch_size, budget // width))
         batch, ordered = ordered[:count], ordered[count:]
         ids = torch.zeros(len(batch), width, dtype=torch.long)
         for i, row in enumerate(batch):
@@ -292,10 +300,10 @@ def _plain(rows: Sequence[Row], batch_size: int) -> Iterator[Sheet]:
         yield Sheet(ids, None, positions, batch, where)
 
 
-def _shared_once(rows: Sequence[Row], batch_size: int) -> Iterator[Sheet]:
+def _shared_once(rows: Sequence[Row], batch_size: int, budget: int) -> Iterator[Sheet]:
     """Trees; rows too long for one, which a mask would only make slower, side by side."""
-    yield from _trees([r for r in rows if len(r.ids) <= TREE_WIDTH], batch_size)
-    yield from _plain([r for r in rows if len(r.ids) > TREE_WIDTH], batch_size)
+    yield from _trees([r for r in rows if len(r.ids) <= TREE_WIDTH], budget)
+    yield from _plain([r for r in rows if len(r.ids) > TREE_WIDTH], batch_size, budget)
 
 
 class _Tree:
@@ -329,7 +337,7 @@ class _Tree:
         return _shared(self.rows[-1].ids, row.ids)
 
 
-def _trees(rows: Sequence[Row], batch_size: int) -> Iterator[Sheet]:
+def _trees(rows: Sequence[Row], budget: int) -> Iterator[Sheet]:
     """Rows in lexical order, packed into trees; trees of similar size side by side."""
     trees: list[_Tree] = []
     for row in sorted(rows, key=lambda r: r.ids):
@@ -339,7 +347,7 @@ def _trees(rows: Sequence[Row], batch_size: int) -> Iterator[Sheet]:
         trees[-1].add(row)
     trees.sort(key=lambda t: len(t.ids), reverse=True)
     while trees:
-        count = max(1, BUDGET // len(trees[0].ids))
+        count = max(1, budget // len(trees[0].ids))
         yield _tree_sheet(trees[:count])
         trees = trees[count:]
 

@@ -668,7 +668,8 @@ class LM:
         edits = spread(edits, len(rows))
         scores: dict[int, Tensor] = {}
         while order:
-            count = _count([len(rows[i].ids) for i in order], batch_size)
+            lengths = [len(rows[i].ids) for i in order]
+            count = _count(lengths, batch_size, chat.at_once(self.device))
             group, order = order[:count], order[count:]
             own = edits if edits is None or isinstance(edits, Edit) else [edits[i] for i in group]
             batch = chat.pad([rows[i] for i in group], chat.pad_id(self.tokenizer))
@@ -806,7 +807,7 @@ def _groups(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def _count(lengths: Sequence[int], batch_size: int, budget: int = 1024) -> int:
+def _count(lengths: Sequence[int], batch_size: int, budget: int) -> int:
     """How many of the ascending lengths make one batch within the token budget."""
     count = 1
     while count < min(len(lengths), batch_size) and lengths[count] * (count + 1) <= budget:

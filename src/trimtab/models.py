@@ -84,8 +84,8 @@ def load(
 
     `source` is an alias ("smollm2-135m"), a folder, a .gguf file (unpacked to dense weights) or a
     hub id. `dtype` is "auto" (as stored), a torch dtype or its name; by default float32 on a CPU
-    and as stored elsewhere. `device` defaults to cuda, then mps, then cpu; give `device_map`
-    instead to spread a model. Other arguments go to `from_pretrained`.
+    and as stored elsewhere. `device`: see `default_device`; give `device_map` instead to spread a
+    model. Other arguments go to `from_pretrained`.
 
     The tokenizer is None where a folder has none. Raises ArtifactError for a source that does not
     exist or cannot be read, and for an unknown dtype or device.
@@ -209,11 +209,21 @@ def _known_sources() -> str:
     return f"Give an alias ({aliases}), a hub id, a folder with config.json, or a .gguf file."
 
 
+def default_device() -> torch.device:
+    """A CUDA device, of several processes that torchrun started each its own; else mps, else cpu.
+
+    >>> default_device().type in ("cuda", "mps", "cpu")
+    True
+    """
+    if torch.cuda.is_available():
+        own = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        return torch.device("cuda", own)
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return default_device()
     try:
         wanted = torch.device(device)
     except RuntimeError as error:

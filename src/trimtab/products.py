@@ -85,7 +85,8 @@ class Products:
     @contextmanager
     def fast(self) -> Iterator[None]:
         """For the passes inside, on a CPU; a backward pass may be run later."""
-        if torch.compiler.is_compiling():  # a compiler chooses for itself
+        elsewhere = bool(self.maps) and self.maps[0].weight.device.type != "cpu"
+        if elsewhere or torch.compiler.is_compiling():  # a compiler chooses for itself
             yield
             return
         # A map that somebody has wrapped already stays as it is.

@@ -435,7 +435,8 @@ def first_component(
     images, best = torch.zeros_like(basis), torch.zeros_like(new)
     for k in range(rounds):
         for _ in range(2):
-            new = new - torch.einsum("lkd,lke,le->ld", basis[:, :k], basis[:, :k], new)
+            known = basis[:, :k]
+            new = new - torch.einsum("lkd,lk->ld", known, torch.einsum("lkd,ld->lk", known, new))
             new = new / _size(new)[:, None].clamp_min(TINY)
         basis[:, k], images[:, k] = new, _spread(tokens, pairs, new)
         known, seen = basis[:, : k + 1], images[:, : k + 1]

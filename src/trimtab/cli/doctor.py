@@ -64,9 +64,13 @@ def _devices() -> list[str]:
 
 
 def _check_steering() -> list[dict[str, Any]]:
-    """Whether edits do what they say, on a tiny random model."""
+    """Whether edits do what they say, on a tiny random model, where models are loaded to."""
+    from trimtab import models
+
     try:
-        return [{"name": name, "ok": ok} for name, ok in _laws(tiny_lm())]
+        lm = tiny_lm()
+        lm.model.to(models.default_device())
+        return [{"name": name, "ok": ok} for name, ok in _laws(lm)]
     except Exception as error:  # a doctor reports, whatever is broken
         return [{"name": f"steering runs ({type(error).__name__}: {error})", "ok": False}]
 
@@ -88,7 +92,7 @@ def _laws(lm: "LM") -> Iterator[tuple[str, bool]]:
         with torch.no_grad():
             return lm(batch(ids), edits).logits
 
-    ids = torch.arange(3, 11)[None]
+    ids = torch.arange(3, 11, device=lm.device)[None]
     plain, steered = logits(ids, None), logits(ids, edit)
     yield "an edit changes the logits", not torch.allclose(plain, steered, atol=1e-2)
     yield "before its tokens nothing changes", torch.equal(plain[:, :7], steered[:, :7])

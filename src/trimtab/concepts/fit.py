@@ -303,7 +303,7 @@ class _Task:
             targets,
             l2=self.l2,
             with_bias=not self.normalize,
-            start=before[-1:] if before is not None and near else None,
+            start=before[-1:].expand(tokens.layers, -1) if before is not None and near else None,
         )
         return weight, bias.cpu()
 

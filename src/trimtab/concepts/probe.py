@@ -119,12 +119,13 @@ class Probe:
         length = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
         direction = direction / length.clamp_min(1e-30)
         scale = 16.0 if scale is None else scale
-        strength = torch.as_tensor(scale if dose is None else dose, dtype=torch.float32)
-        share = torch.as_tensor(1.0 if weights is None else weights, dtype=torch.float32)
-        for what, given in (("strengths", strength), ("weights", share)):
-            if given.dim() and given.shape != (len(chosen),):
+        given: dict[str, Any] = {"dtype": torch.float32, "device": direction.device}
+        strength = torch.as_tensor(scale if dose is None else dose, **given)
+        share = torch.as_tensor(1.0 if weights is None else weights, **given)
+        for what, values in (("strengths", strength), ("weights", share)):
+            if values.dim() and values.shape != (len(chosen),):
                 raise PlaceError(
-                    f"{list(given.shape)} {what} for {len(chosen)} layers; give one number, or "
+                    f"{list(values.shape)} {what} for {len(chosen)} layers; give one number, or "
                     "one per layer"
                 )
         strength = strength * share
@@ -210,7 +211,7 @@ class Probe:
 
     def _margin(self, values: Tensor) -> Tensor:
         """The logits [N, L] of tokens [N, L, D]."""
-        x = _unit(values.to(wide(values.dtype)), self.mean)
+        x = _unit(values.to(self.weight.device, wide(values.dtype)), self.mean)
         return torch.einsum("nld,ld->nl", x, self.weight.to(x.dtype)) * self.gain + self.bias
 
 

@@ -305,7 +305,8 @@ class _Search:
 
         def cost(group: list[Row]) -> list[float]:
             asked, said = [pairs[r][0] for _, r in group], [pairs[r][1] for _, r in group]
-            logs = self.lm.score(asked, said, [edits[i] for i, _ in group])
+            own = [edits[i] for i, _ in group]
+            logs = self.lm.score(asked, said, own, batch_size=len(group))
             return [exponential(-v) for v in logs.tolist()]
 
         rows = [(i, r) for i in range(len(edits)) for r in range(len(pairs))]

@@ -28,14 +28,16 @@ class World:
         self.rank, self.size = rank, size
 
     @staticmethod
-    def join() -> "World":
-        """The processes that torchrun started, or this one alone."""
+    def join(device: torch.device) -> "World":
+        """The processes that torchrun started, or this one alone; ``device``: where it computes."""
         dist = torch.distributed
         if not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return World()
         if not dist.is_initialized():
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
             try:
+                backend = "nccl" if device.type == "cuda" else "gloo"
                 dist.init_process_group(backend, timeout=PATIENCE)
             except RuntimeError as error:
                 raise TrimtabError(

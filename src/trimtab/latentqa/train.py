@@ -169,7 +169,7 @@ def train(
         )
     made_by = {"method": "latentqa", "items": len(train_items), **asdict(plan)}
     reader = Reader(lm, lora, wiring, Meta(name, lm.describe(), made_by), table or {})
-    run = _Run(reader, plan, train_items, aside[:evaluate_items], out, World.join())
+    run = _Run(reader, plan, train_items, aside[:evaluate_items], out, World.join(lm.device))
     show_progress = show_progress and run.world.rank == 0
     with run.world.guarded(run.progress), run.world.sharded(lm, shard):
         run.resume()
