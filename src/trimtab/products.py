@@ -82,11 +82,13 @@ class Products:
                 self.packs[module] = Pack(weight, reorder(weight.detach(), SOME // 4))
             module.__dict__["_packed"] = self.packs[module]
 
+    def _on_cpu(self) -> bool:
+        return not self.maps or self.maps[0].weight.device.type == "cpu"
+
     @contextmanager
     def fast(self) -> Iterator[None]:
         """For the passes inside, on a CPU; a backward pass may be run later."""
-        elsewhere = bool(self.maps) and self.maps[0].weight.device.type != "cpu"
-        if elsewhere or torch.compiler.is_compiling():  # a compiler chooses for itself
+        if torch.compiler.is_compiling() or not self._on_cpu():  # a compiler chooses for itself
             yield
             return
         # A map that somebody has wrapped already stays as it is.

@@ -36,8 +36,9 @@ from trimtab.lm import LM
 from trimtab.merge import fingerprint
 from trimtab.place import LayerSpec, Place
 
-ROUNDS = 4  # of the search for the largest dose
-FEW = 8  # references in that search
+ROUNDS = 4  # of the search for the largest dose, at most
+FEW = 12  # references in that search
+CLOSE, AIM = 0.85, 0.93  # of the bound's logarithm: a dose so near to it is kept; what is aimed at
 STEPS = 3  # comparisons, each on more prompts
 KEPT = 1 / 3  # of the settings, from one comparison to the next
 MAX_REPETITION = 0.15  # more than without the edit: text that goes round in circles
@@ -218,7 +219,8 @@ class _Search:
         if examples is not None:
             every = dict.fromkeys(s.tokens for s in starts)
             starts = starts + self._profiled(examples, pairs, every)
-        limits = self._limits(starts, pairs[:: -(-len(pairs) // FEW)])
+        some = pairs[:: -(-len(pairs) // FEW)]
+        limits = self._largest("largest dose", starts, some, ROUNDS)
         steps = self._halve(limits, baseline, budget, pairs)
         best, *others = steps[-1]
         if best.effect <= baseline.effect:
@@ -249,21 +251,31 @@ class _Search:
             for weights in profiles(self.lm, self.probe, each, examples, pairs, self.pieces)
         ]
 
-    def _limits(self, settings: list[Setting], pairs: Pairs) -> list[Setting]:
-        """Each setting at the largest dose that was seen to keep within the bound."""
-        inside = [0.0] * len(settings)
-        outside = [math.inf] * len(settings)
-        for number in range(ROUNDS):
-            measured = self._ratios(
-                f"largest dose, round {number + 1} of {ROUNDS}", settings, pairs
-            )
-            for i, s in enumerate(measured):
-                if s.ratio <= self.max_ratio:
-                    inside[i] = max(inside[i], s.dose)
-                else:
-                    outside[i] = min(outside[i], s.dose)
-                settings[i] = replace(s, dose=_next(s, self.max_ratio, inside[i], outside[i]))
-        return [replace(s, dose=d) for s, d in zip(settings, inside, strict=True) if d]
+    def _largest(
+        self, told: str, settings: list[Setting], pairs: Pairs, rounds: int
+    ) -> list[Setting]:
+        """Each setting at the largest dose that was seen to keep within the bound, if any was."""
+        inside: dict[int, Setting] = {}
+        outside: dict[int, float] = {}
+        before: dict[int, Setting] = {}
+        tried = dict(enumerate(settings))
+        for number in range(rounds):
+            if not tried:
+                break
+            stage = f"{told}, round {number + 1} of {rounds}"
+            found = dict(zip(tried, self._ratios(stage, list(tried.values()), pairs), strict=True))
+            tried = {}
+            for i, s in found.items():
+                if s.ratio > self.max_ratio:
+                    outside[i] = min(outside.get(i, math.inf), s.dose)
+                elif i not in inside or s.dose > inside[i].dose:
+                    inside[i] = s
+                low = inside[i].dose if i in inside else 0.0
+                if not CLOSE <= math.log(s.ratio) / math.log(self.max_ratio) <= 1:
+                    dose = _next(s, before.get(i), self.max_ratio, low, outside.get(i, math.inf))
+                    tried[i] = replace(s, dose=dose)
+            before = found
+        return [inside[i] for i in sorted(inside)]
 
     def _halve(
         self, settings: list[Setting], baseline: Setting, budget: int, pairs: Pairs
@@ -273,7 +285,8 @@ class _Search:
         judged = 0
         limit = baseline.repetition + MAX_REPETITION
         for step in range(STEPS):
-            settings = self._priced(settings, pairs) if step == STEPS - 1 else settings
+            if last := step == STEPS - 1:
+                settings = self._largest("all references", settings, pairs, ROUNDS)
             if not settings:
                 raise ValueError(
                     f"no dose tried keeps the perplexity ratio within {self.max_ratio}; raise "
@@ -281,23 +294,14 @@ class _Search:
                 )
             share = (budget - self.spent) / (STEPS - step)
             more = int(share / (len(settings) * self.max_new_tokens))
-            judged = min(len(self.prompts), max(2, judged + max(0, more)))
+            # At the last, doses may have changed, and nothing of these has been generated.
+            judged = min(len(self.prompts), max(2, more if last else judged + max(0, more)))
             told = f"comparison {step + 1} of {STEPS}"
             measured = self._judge(told, settings, _spread(len(self.prompts))[:judged])
             measured.sort(key=lambda s: (s.repetition > limit, -s.effect))
             steps.append(measured)
             settings = measured[: max(2, math.ceil(len(measured) * KEPT))]
         return steps
-
-    def _priced(self, settings: list[Setting], pairs: Pairs) -> list[Setting]:
-        """Settings within the bound on all references: smaller where the few did not show it."""
-        measured = self._ratios("all references", settings, pairs)
-        for number in range(2):
-            if over := [s for s in measured if s.ratio > self.max_ratio]:
-                smaller = [replace(s, dose=_next(s, self.max_ratio, 0.0, s.dose)) for s in over]
-                again = self._ratios(f"all references, smaller {number + 1}", smaller, pairs)
-                measured = [s for s in measured if s.ratio <= self.max_ratio] + again
-        return [s for s in measured if s.ratio <= self.max_ratio]
 
     def _ratios(self, stage: str, settings: list[Setting], pairs: Pairs) -> list[Setting]:
         """Settings with the ratio of perplexities over these references."""
@@ -353,15 +357,21 @@ class _Search:
         return replace(self.probe, guidance=best.guidance, meta=meta)
 
 
-def _next(setting: Setting, max_ratio: float, inside: float, outside: float) -> float:
+def _next(
+    now: Setting, before: Setting | None, max_ratio: float, inside: float, outside: float
+) -> float:
     """The dose to try next, between the largest within the bound and the smallest beyond it.
 
-    The logarithm of the ratio grows with the dose between linearly and squarely. Down from beyond
-    the bound the first is the safe guess, up from within it the second.
+    The logarithm of the ratio grows as a power of the dose, with an exponent of about 1 to 2. Two
+    doses tell which; after the first, 1 is the safe guess down from beyond the bound, 2 up to it.
     """
-    growth = max(math.log(setting.ratio), 1e-3)
-    step = 0.95 * math.log(max_ratio) / growth
-    dose = setting.dose * (min(math.sqrt(step), 4.0) if step > 0.95 else max(step, 0.1))
+    growth = max(math.log(now.ratio), 1e-3)
+    step = AIM * math.log(max_ratio) / growth
+    power = 2.0 if step > 1 else 1.0
+    if before is not None and before.dose != now.dose:
+        grown = math.log(growth / max(math.log(before.ratio), 1e-3))
+        power = min(max(grown / math.log(now.dose / before.dose), 1.0), 3.0)
+    dose = now.dose * min(max(math.pow(step, 1 / power), 0.1), 4.0)
     if inside < dose < outside:
         return dose
     return 2 * inside if math.isinf(outside) else (inside + outside) / 2
