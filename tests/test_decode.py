@@ -462,3 +462,46 @@ def test_several_judges_read_one_answer_in_one_layout():
             answer = torch.tensor(row.ids[row.prompt_len :])
             loss = torch.nn.functional.cross_entropy(logits, answer)
             assert value == pytest.approx(float(loss.exp()), rel=1e-4)
+
+
+# -- attention -------------------------------------------------------------------------------------
+
+
+def test_keys_that_heads_share_are_read_as_they_are(monkeypatch):
+    """No copy and no folding for them inside our passes; other passes go transformers' own way."""
+    from transformers.integrations import sdpa_attention
+
+    lm, spread = tt.LM(model_zoo.tiny("llama")), []
+    for name in ("repeat_kv", "pack_gqa"):
+        theirs = getattr(sdpa_attention, name, None)
+        if theirs is not None:
+
+            def told(*args, theirs=theirs):
+                spread.append(1)
+                return theirs(*args)
+
+            monkeypatch.setattr(sdpa_attention, name, told)
+    asked = sdpa_attention.use_gqa_in_sdpa
+    ids = torch.randint(3, 500, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    batch = tt.Batch(ids, mask)
+    ours = lm.generate_ids(batch, None, 6)
+    assert not spread and sdpa_attention.use_gqa_in_sdpa is asked
+    plain = lm.model.generate(
+        ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False
+    )
+    assert spread, "control: transformers copies or folds"
+    assert plain[:, 9:].tolist() == ours
+    with pytest.raises(RuntimeError, match="stop"), hook(lm.anatomy.blocks[1]):
+        lm.generate_ids(batch, None, 6)
+    assert sdpa_attention.use_gqa_in_sdpa is asked
+
+
+def hook(module):
+    """A forward hook that fails."""
+
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    return module.register_forward_hook(fail)

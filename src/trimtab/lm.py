@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from trimtab import chat, models
 from trimtab.anatomy import Anatomy
 from trimtab.artifact import check_model
+from trimtab.cache import sharing
 from trimtab.chat import Batch, Encoded
 from trimtab.compiled import Compiled
 from trimtab.decode import Column, Engine, Sampling, columns, eager
@@ -270,13 +271,14 @@ class LM:
         with ExitStack() as stack:
             if fast:
                 stack.enter_context(self.products.fast())
+                stack.enter_context(sharing())
                 stack.enter_context(settled(self.model))
             return self.model(input_ids=ids.to(self.device), attention_mask=mask, **options)
 
     @contextmanager
     def replay(self, call: Call) -> Iterator[None]:
         """For the backward pass of ``forward``: what is computed again is so in the same way."""
-        with self.taps.replay(call, self.waits), self.products.fast():
+        with self.taps.replay(call, self.waits), self.products.fast(), sharing():
             yield
 
     def _call(self, batch: Batch, edits: Edits, lengths: Sequence[int] | None = None) -> Call:
