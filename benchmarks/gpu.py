@@ -148,7 +148,7 @@ def steered(name: str, plain: Any, lm: tt.LM, batch: tt.Batch) -> Rows:
     found = ours()
     print(f"  compiling took {time.perf_counter() - begun:.1f} s")
     before = graphs["unique_graphs"]
-    first = [lm.generate_ids(batch, 0.1 * i * many[0], 8) for i in range(-10, 10)]
+    first = [lm.generate_ids(batch, 2.0 * i * many[0], 8) for i in range(-10, 10)]
     times |= best_of({"steered, CUDA graphs": ours}, 5)
     same = sum(a == b for a, b in zip(eager, found, strict=True))
     base, best = times["transformers generate"], times["steered, CUDA graphs"]

@@ -61,9 +61,11 @@ def test_half_precision(dtype):
     cpu, gpu = both()
     half = tt.LM(model_zoo.tiny("llama").to(GPU, dtype))
     edit = tt.Add("resid@1:3", noise(2, D), keep_norm=True) + tt.Project("resid@2", noise(1, D))
-    exact, found = (lm(answered(), edit).logits.float().cpu() for lm in (cpu, half))
-    assert error(found, exact) < 0.1 < error(found, cpu(answered()).logits)
-    assert error(gpu(answered(), edit).logits.cpu(), exact) < CLOSE
+    real = answered().mask.bool()  # padding reads whatever a kernel leaves there
+    exact, found, near = (lm(answered(), edit).logits.float().cpu() for lm in (cpu, half, gpu))
+    assert error(found[real], exact[real]) < 0.1
+    assert error(found[real], cpu(answered()).logits[real]) > 0.1
+    assert error(near[real], exact[real]) < CLOSE
 
 
 def test_sampling_is_repeated_by_its_seed():

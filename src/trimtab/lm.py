@@ -529,7 +529,9 @@ class LM:
         The first answer of each batch size compiles (about a minute for 30 layers on two cores);
         after that a change of edit, of its values or of its rows recompiles nothing. Additions at
         generated tokens run compiled; other edits (adapters too), streams that read, and beam
-        search run as without. ``options`` go to ``torch.compile``.
+        search run as without. ``options`` go to ``torch.compile``; on CUDA,
+        ``mode="reduce-overhead"`` captures CUDA graphs, which belong to the thread that decodes
+        first.
         """
         self._compiled = Compiled(self, **options)
         return self
