@@ -629,6 +629,8 @@ def main() -> None:
     parser.add_argument("--only-tuning", action="store_true", help="keep the other tables")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    if args.tuned_on > NUMBERS["tuned-on"]:
+        parser.error(f"--tuned-on is {NUMBERS['tuned-on']} at most: the other prompts are held out")
     if not DATA.is_dir():
         raise SystemExit(f"the shared data is not at {DATA}; this benchmark needs it")
     torch.set_num_threads(args.threads)

@@ -112,7 +112,7 @@ def test_self_control(tmp_path):
     for a, b in zip(*solved, strict=True):
         assert b.first.score == pytest.approx(a.first.score, abs=1e-3)
     solved[1][0].edit.save(tmp_path / "solution")
-    tt.load(tmp_path / "solution")
+    assert torch.equal(tt.load(tmp_path / "solution").delta, solved[1][0].edit.delta.cpu())
 
 
 def test_controllers():
@@ -153,8 +153,8 @@ def test_readers():
     readers = [latentqa.train(lm, items, show_progress=False, **options) for lm in both(talks=True)]
     losses = [float(r.loss(items).detach()) for r in readers]
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
-    told = [r.ask("Tell me of a ship.", "Who?", max_new_tokens=4) for r in readers]
-    assert len(told[0]) == len(told[1])
+    told = [r.ask("Tell me of a ship.", "Who?", max_new_tokens=1) for r in readers]
+    assert told[0] == told[1]
 
 
 def test_evaluation():

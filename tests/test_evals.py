@@ -23,6 +23,7 @@ from trimtab.errors import ArtifactError
 from trimtab.evals.identity import scorer_identity
 from trimtab.evals.profile import contrast, slope, solved
 from trimtab.evals.sweep import asking
+from trimtab.evals.tune import CLOSE, Setting, _finalists, _Search
 from trimtab.journal import Journal
 
 SCALES = np.array([-256, -128, -64, -32, -16, -8, 0, 8, 16, 32, 64, 128, 256], float)
@@ -469,6 +470,75 @@ def test_tuning_stays_within_its_bounds_and_is_stored(lm, probe, tmp_path):
     assert lm.generate(PROMPTS[:2], [loaded, None], 6) == [answers[0], plain[1]]
     with pytest.raises(tt.PlaceError, match="was not tuned"):
         lm.generate(PROMPTS, probe, 6)
+
+
+class Curve(_Search):
+    """A search whose ratios are 1.25 ** dose ** power, and whose answers are words of its own."""
+
+    power = 1.4
+
+    def _ratios(self, stage, settings, pairs):
+        return [replace(s, ratio=self.ratio(s.dose)) for s in settings]
+
+    def ratio(self, dose):
+        return 1.25**dose**self.power
+
+    def _judge(self, stage, settings, numbers):
+        for s in settings:
+            for p in numbers:
+                self.answers[(*s.key, p)], self.effects[(*s.key, p)] = "a b", s.layers[0] + 0.1 * p
+        return [self._summed(s, numbers) for s in settings]
+
+
+def curve(kind=Curve, prompts=24, tokens=10):
+    return kind(None, None, list(range(prompts)), None, None, tokens, 1.25)
+
+
+def starts(count, dose):
+    return [Setting((i,), "all", dose) for i in range(count)]
+
+
+@pytest.mark.parametrize("dose", [0.1, 0.3, 1.0, 4.0])
+@pytest.mark.parametrize("power", [1.0, 1.4, 2.0, 2.8])
+def test_the_largest_dose_of_a_bound_is_found(power, dose):
+    """A perplexity whose logarithm is a power of the dose, at its bound at a dose of 1."""
+    search = curve()
+    search.power = power
+    (found,) = search._largest("", starts(1, dose), [])
+    assert CLOSE <= found.dose**power <= 1 and found.ratio == search.ratio(found.dose)
+
+
+def test_a_dose_without_a_number_is_beyond_the_bound():
+    class Broken(Curve):
+        def ratio(self, dose):
+            return float("nan") if dose > 0.5 else super().ratio(dose)
+
+    (found,) = curve(Broken)._largest("", starts(1, 0.8), [])
+    assert 0.05 < found.dose <= 0.5
+
+    class Better(Curve):
+        def ratio(self, dose):
+            return 1 - 0.01 * dose
+
+    (found,) = curve(Better)._largest("", starts(1, 1.0), [])
+    assert found.dose > 10  # an edit that makes the references likelier may be of any size
+
+
+@pytest.mark.parametrize("settings", [1, 2, 4, 9, 27])
+@pytest.mark.parametrize("more", [0, 90, 1000, 100_000])
+@pytest.mark.parametrize("dose", [0.5, 0.95])
+def test_comparisons_stay_within_the_budget_and_grow(settings, more, dose):
+    """With doses that change before the last comparison, and with such as stay."""
+    search, plain = curve(), Setting((), "all", 0.0, repetition=0.0)
+    budget = 10 * (2 * settings + 2 * _finalists(settings)) + more
+    steps = search._halve(starts(settings, dose), plain, budget, [])
+    assert search.spent <= budget
+    judged = [step[0].judged for step in steps]
+    assert min(judged) >= 2 and max(s.judged for s in steps[-1]) == judged[-1]
+    if dose == 0.95:
+        assert judged == sorted(judged)
+    if more == 100_000:
+        assert judged == [24, 24, 24]
 
 
 @pytest.mark.filterwarnings("ignore:no setting has more effect")

@@ -1,8 +1,8 @@
 """Keys and values without copies: in a cache that grows in place, and for heads that share them."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -65,7 +65,15 @@ def growing(config: Any) -> DynamicCache:
 
 
 _theirs: Any = getattr(sdpa_attention, "use_gqa_in_sdpa", None)
-_lock, _inside = Lock(), 0
+
+
+class _Here(threading.local):
+    """How many `sharing` this thread is inside."""
+
+    inside = 0
+
+
+_here = _Here()
 
 
 @contextmanager
@@ -73,28 +81,23 @@ def sharing() -> Iterator[None]:
     """Inside, attention on a CPU reads keys that several heads share as they are.
 
     Transformers would copy them for each head, or fold the heads: 1.1 to 2 times as slow. It asks
-    one function which way to go, and that is another one while any thread is inside. A compiler
-    that traces a pass finds its own way.
+    one function which way to go; ours stands in for it, and gives its answers to other threads and
+    to compilers.
     """
-    if torch.compiler.is_compiling() or _theirs is None:
-        yield
-        return
-    _count(1)
+    _here.inside += 1
     try:
         yield
     finally:
-        _count(-1)
+        _here.inside -= 1
 
 
-def _count(by: int) -> None:
-    global _inside
-    with _lock:
-        _inside += by
-        which: Any = _shared_on_cpu if _inside else _theirs
-        sdpa_attention.use_gqa_in_sdpa = which
-
-
-def _shared_on_cpu(mask: Tensor | None, key: Tensor, value: Tensor) -> bool:
-    if key.device.type == "cpu" and key.shape[-1] == value.shape[-1]:
+def _use_gqa(mask: Tensor | None, key: Tensor, value: Tensor) -> bool:
+    ours = not torch.compiler.is_compiling() and _here.inside > 0
+    if ours and key.device.type == "cpu" and key.shape[-1] == value.shape[-1]:
         return True
-    return bool(_theirs(mask, key, value))
+    answer: bool = _theirs(mask, key, value)
+    return answer
+
+
+if _theirs is not None:
+    sdpa_attention.use_gqa_in_sdpa = cast(Any, _use_gqa)

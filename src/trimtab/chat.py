@@ -267,11 +267,6 @@ def _covering(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[int
     return at, at
 
 
-def at_once(device: torch.device) -> int:
-    """Tokens of one pass where there are many: a CPU gains nothing by more, a GPU idles by less."""
-    return 1024 if device.type == "cpu" else 8192
-
-
 def pad(rows: Sequence[Encoded], pad_id: int, *, side: Literal["left", "right"] = "left") -> Batch:
     """Rows of several lengths as one Batch, filled with `pad_id` on one side (mask 0 there)."""
     if side not in ("left", "right"):

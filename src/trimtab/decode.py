@@ -225,7 +225,7 @@ def _columns(
     for number in range(max_new_tokens):
         tokens = choose(history, logits).to(batch.ids.device)
         listed = tokens.tolist()
-        over = torch.tensor([token in ends for token in listed]) | done
+        over = torch.tensor([token in ends for token in listed], dtype=torch.bool) | done
         if stop is not None:
             for i, row in enumerate(live):
                 texts[row].append(listed[i])

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from trimtab.chat import at_once
 from trimtab.edits import Edit
 from trimtab.errors import PlaceError
 from trimtab.merge import fingerprint, merge, spread
@@ -80,6 +79,11 @@ class FlatReader(Reader):
         return Chunk(rows, self.lengths, torch.stack([k.to(first) for k in self.kept], 1).cpu())
 
 
+def tokens_a_pass(device: torch.device) -> int:
+    """Of rows side by side: a CPU gains nothing by more, a GPU would be idle with fewer."""
+    return 8192 if device.type == "cuda" else 1024
+
+
 def harvest(
     lm: "LM",
     encoded: Sequence[tuple[Sequence[int], int]],
@@ -105,7 +109,7 @@ def harvest(
         writer = ShardWriter(out, tracks, meta, len(rows), rank)
         _barrier(world)  # every process knows what is done before any of them writes more
     lay_out = _shared_once if edits is None and lm.takes_trees() else _plain
-    budget = at_once(lm.device)
+    budget = tokens_a_pass(lm.device)
     sheets = list(lay_out(rows, batch_size, budget))
     if writer is not None and writer.done:
         sheets = _remaining(sheets, writer.done, lambda rows: lay_out(rows, batch_size, budget))
@@ -224,7 +228,7 @@ def logits_at(
         lm._check_length(len(ids))
     asked = [Row(i, tuple(ids), 0, len(ids), (tuple(at),)) for i, (ids, at) in enumerate(rows)]
     lay_out = _shared_once if len(rows) > 1 and lm.takes_trees() else _plain
-    for sheet in lay_out(asked, batch_size, at_once(lm.device)):
+    for sheet in lay_out(asked, batch_size, tokens_a_pass(lm.device)):
         (where,) = sheet.where
         index = torch.tensor([i for row in where for i in row], dtype=torch.long)
         with torch.no_grad(), lm.taps.held(lm.waits), head_at(lm.model, index, sheet.ids):

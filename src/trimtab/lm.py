@@ -23,7 +23,7 @@ from trimtab.compiled import Compiled
 from trimtab.decode import Column, Engine, Sampling, columns, eager
 from trimtab.edits import Edit, Readout
 from trimtab.errors import ChatError, PlaceError
-from trimtab.harvest import fits_trees, harvest
+from trimtab.harvest import fits_trees, harvest, tokens_a_pass
 from trimtab.merge import Edits, adapter_of, as_edits, merge, spread
 from trimtab.place import FOREVER, Place, Selection, Tokens
 from trimtab.products import Products, settled
@@ -271,7 +271,8 @@ class LM:
         with ExitStack() as stack:
             if fast:
                 stack.enter_context(self.products.fast())
-                stack.enter_context(sharing())
+                if not torch.compiler.is_compiling():
+                    stack.enter_context(sharing())
                 stack.enter_context(settled(self.model))
             return self.model(input_ids=ids.to(self.device), attention_mask=mask, **options)
 
@@ -530,8 +531,7 @@ class LM:
         after that a change of edit, of its values or of its rows recompiles nothing. Additions at
         generated tokens run compiled; other edits (adapters too), streams that read, and beam
         search run as without. ``options`` go to ``torch.compile``; on CUDA,
-        ``mode="reduce-overhead"`` captures CUDA graphs, which belong to the thread that decodes
-        first.
+        ``mode="reduce-overhead"`` captures CUDA graphs, which belong to a thread: decode in one.
         """
         self._compiled = Compiled(self, **options)
         return self
@@ -673,7 +673,7 @@ class LM:
         scores: dict[int, Tensor] = {}
         while order:
             lengths = [len(rows[i].ids) for i in order]
-            count = _count(lengths, batch_size, chat.at_once(self.device))
+            count = _count(lengths, batch_size, tokens_a_pass(self.device))
             group, order = order[:count], order[count:]
             own = edits if edits is None or isinstance(edits, Edit) else [edits[i] for i in group]
             batch = chat.pad([rows[i] for i in group], chat.pad_id(self.tokenizer))

@@ -216,7 +216,7 @@ def default_device() -> torch.device:
     True
     """
     if torch.cuda.is_available():
-        own = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        own = int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count()
         return torch.device("cuda", own)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 

@@ -64,7 +64,7 @@ def _devices() -> list[str]:
 
 
 def _check_steering() -> list[dict[str, Any]]:
-    """Whether edits do what they say, on a tiny random model, where models are loaded to."""
+    """Whether edits do what they say, on a tiny random model, on the default device."""
     from trimtab import models
 
     try:

@@ -1,9 +1,10 @@
 """Tune: which layers, which tokens, how strong: found by effect at a bounded perplexity.
 
 Knows probes, the model and scorers. A *setting* is layers, tokens and a dose. First every choice of
-layers and tokens gets the largest dose that the bound on perplexity allows, by scoring references
-alone (no text is generated); then settings are compared by generating under them, the better ones
-on more and more prompts (successive halving, Jamieson & Talwalkar 2016, arXiv 1502.07943). With
+layers and tokens gets the largest dose that the bound on perplexity allows, by scoring some
+references (no text is generated); then settings are compared by generating under them, the better
+ones on more and more prompts (successive halving, Jamieson & Talwalkar 2016, arXiv 1502.07943), the
+last of them at the largest dose that the bound allows on all references. With
 examples of the concept some settings spread the dose over the layers by slopes (``profile``).
 """
 
@@ -55,8 +56,9 @@ class Setting:
     """Where and how strongly to steer, and what was measured of it.
 
     ``effect``: the judge's mean over ``judged`` prompts; ``ratio``: the perplexity of the
-    references, in that without an edit; ``repetition``: the share of repeated three-word runs.
-    ``weights``: the share of the dose that each layer gets (empty: all alike).
+    references (some; all for the finalists), in that without an edit; ``repetition``: the share of
+    repeated three-word runs. ``weights``: the share of the dose that each layer gets (empty: all
+    alike).
     """
 
     layers: tuple[int, ...]
@@ -143,7 +145,7 @@ def tune(
     windows = _windows(probe) if layers is None else [_layers_of(probe, w) for w in layers]
     starts = [Setting(w, t, _dose(w)) for w in windows for t in tokens]
     count = len(starts) + (0 if examples is None else len(DAMPING) * len(tokens))
-    if budget < (least := max_new_tokens * (len(asked) + 2 * count)):
+    if budget < (least := max_new_tokens * (len(asked) + 2 * count + 2 * _finalists(count))):
         raise ValueError(
             f"a budget of {budget} tokens is too small for {len(asked)} prompts, {count} "
             f"settings and {max_new_tokens} tokens an answer; give at least {least}, fewer layers "
@@ -154,6 +156,7 @@ def tune(
     job |= {"probe": fingerprint(probe.edit(layers=list(probe.layers)))}
     job |= {"scorer": scorer_identity(scorer), "texts": [asked, pairs], "layers": windows}
     job |= {"tokens": list(tokens), "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    job |= {"search": [ROUNDS, FEW, CLOSE, AIM, STEPS, KEPT]}
     if examples is not None:
         job |= {"examples": [[prompt_text(e.prompt), e.completion, e.label] for e in examples]}
     with Journal(out, job) as journal, lm.products.kept():
@@ -165,6 +168,13 @@ def tune(
 def _dose(layers: tuple[int, ...]) -> float:
     """Where the search for the largest dose of so many layers begins."""
     return 0.12 / math.sqrt(len(layers) * math.sqrt(len(layers)))
+
+
+def _finalists(settings: int) -> int:
+    """How many of so many settings come to the last comparison, at most."""
+    for _ in range(STEPS - 1):
+        settings = max(2, math.ceil(settings * KEPT))
+    return settings
 
 
 def _layers_of(probe: Probe, spec: Any) -> tuple[int, ...]:
@@ -220,7 +230,7 @@ class _Search:
             every = dict.fromkeys(s.tokens for s in starts)
             starts = starts + self._profiled(examples, pairs, every)
         some = pairs[:: -(-len(pairs) // FEW)]
-        limits = self._largest("largest dose", starts, some, ROUNDS)
+        limits = self._largest("largest dose", starts, some)
         steps = self._halve(limits, baseline, budget, pairs)
         best, *others = steps[-1]
         if best.effect <= baseline.effect:
@@ -251,22 +261,20 @@ class _Search:
             for weights in profiles(self.lm, self.probe, each, examples, pairs, self.pieces)
         ]
 
-    def _largest(
-        self, told: str, settings: list[Setting], pairs: Pairs, rounds: int
-    ) -> list[Setting]:
+    def _largest(self, stage: str, settings: list[Setting], pairs: Pairs) -> list[Setting]:
         """Each setting at the largest dose that was seen to keep within the bound, if any was."""
         inside: dict[int, Setting] = {}
         outside: dict[int, float] = {}
         before: dict[int, Setting] = {}
         tried = dict(enumerate(settings))
-        for number in range(rounds):
+        for number in range(ROUNDS):
             if not tried:
                 break
-            stage = f"{told}, round {number + 1} of {rounds}"
-            found = dict(zip(tried, self._ratios(stage, list(tried.values()), pairs), strict=True))
+            told = f"{stage}, round {number + 1} of {ROUNDS}"
+            found = dict(zip(tried, self._ratios(told, list(tried.values()), pairs), strict=True))
             tried = {}
             for i, s in found.items():
-                if s.ratio > self.max_ratio:
+                if not s.ratio <= self.max_ratio:
                     outside[i] = min(outside.get(i, math.inf), s.dose)
                 elif i not in inside or s.dose > inside[i].dose:
                     inside[i] = s
@@ -282,26 +290,35 @@ class _Search:
     ) -> list[list[Setting]]:
         """Compare, keep the better ones, compare on more prompts; the settings of each step."""
         steps: list[list[Setting]] = []
-        judged = 0
+        order = _spread(len(self.prompts))
+        least = 2 * _finalists(len(settings)) * self.max_new_tokens
         limit = baseline.repetition + MAX_REPETITION
         for step in range(STEPS):
             if last := step == STEPS - 1:
-                settings = self._largest("all references", settings, pairs, ROUNDS)
+                settings = self._largest("all references", settings, pairs)
             if not settings:
                 raise ValueError(
                     f"no dose tried keeps the perplexity ratio within {self.max_ratio}; raise "
                     "max_ratio, or give other layers"
                 )
-            share = (budget - self.spent) / (STEPS - step)
-            more = int(share / (len(settings) * self.max_new_tokens))
-            # At the last, doses may have changed, and nothing of these has been generated.
-            judged = min(len(self.prompts), max(2, more if last else judged + max(0, more)))
+            kept = 0 if last else least
+            share = (budget - self.spent - kept) / (STEPS - step)
+            count = self._affordable(settings, order, share)
             told = f"comparison {step + 1} of {STEPS}"
-            measured = self._judge(told, settings, _spread(len(self.prompts))[:judged])
+            measured = self._judge(told, settings, order[: max(2, count)])
             measured.sort(key=lambda s: (s.repetition > limit, -s.effect))
             steps.append(measured)
             settings = measured[: max(2, math.ceil(len(measured) * KEPT))]
         return steps
+
+    def _affordable(self, settings: list[Setting], order: list[int], tokens: float) -> int:
+        """On how many first prompts all of these can be compared for so many more tokens."""
+        room = tokens / self.max_new_tokens
+        for count, p in enumerate(order):
+            room -= sum((*s.key, p) not in self.answers for s in settings)
+            if room < 0:
+                return count
+        return len(order)
 
     def _ratios(self, stage: str, settings: list[Setting], pairs: Pairs) -> list[Setting]:
         """Settings with the ratio of perplexities over these references."""
@@ -365,10 +382,12 @@ def _next(
     The logarithm of the ratio grows as a power of the dose, with an exponent of about 1 to 2. Two
     doses tell which; after the first, 1 is the safe guess down from beyond the bound, 2 up to it.
     """
+    if not math.isfinite(now.ratio):
+        return max(now.dose / 10, (inside + now.dose) / 2 if inside else 0.0)
     growth = max(math.log(now.ratio), 1e-3)
     step = AIM * math.log(max_ratio) / growth
     power = 2.0 if step > 1 else 1.0
-    if before is not None and before.dose != now.dose:
+    if before is not None and before.dose != now.dose and math.isfinite(before.ratio):
         grown = math.log(growth / max(math.log(before.ratio), 1e-3))
         power = min(max(grown / math.log(now.dose / before.dose), 1.0), 3.0)
     dose = now.dose * min(max(math.pow(step, 1 / power), 0.1), 4.0)

@@ -33,9 +33,9 @@ class World:
         dist = torch.distributed
         if not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return World()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         if not dist.is_initialized():
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
             try:
                 backend = "nccl" if device.type == "cuda" else "gloo"
                 dist.init_process_group(backend, timeout=PATIENCE)
