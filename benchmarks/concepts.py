@@ -418,7 +418,9 @@ def tuning(
     pairs = [(p, a) for p, a in zip(held_out, plain, strict=True) if a.strip()]
     base = evals.perplexity(lm, pairs)
     grid = [probe.edit(scale=scale) for scale in GRID]  # the strongest within the bound, if any is
-    fit = [e for e in grid if evals.perplexity(lm, pairs, e) <= evals.MAX_RATIO * base]
+    some = pairs[:60]
+    most = evals.MAX_RATIO * evals.perplexity(lm, some)
+    fit = [e for e in grid if evals.perplexity(lm, some, e) <= most]
     edits = {"none": None, "grid": fit[-1] if fit else None, "paper": paper.edit}
     edits["tuned"] = tuned.edit
     answers = {
@@ -438,8 +440,13 @@ def tuning(
     gain = (scores["tuned"] - scores["paper"]).numpy()
     draws = np.random.default_rng(0).choice(gain, (2000, len(gain))).mean(1)
     setting = {k: v for k, v in asdict(tuned.best).items() if k != "judged"}
+    told_of = ("tokens", "first", "dose", "effect", "ratio", "judged")
     finalists = [
-        {k: v for k, v in asdict(s).items() if k in ("tokens", "dose", "effect", "ratio", "judged")}
+        {
+            k: v
+            for k, v in asdict(s).items()
+            if k in ("tokens", "first", "dose", "effect", "ratio", "judged")
+        }
         | {"layers": len(s.layers), "own doses": bool(s.weights)}
         for s in sorted(tuned.tried, key=lambda s: (-s.judged, -s.effect))[:8]
     ]
@@ -602,7 +609,10 @@ def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
         run = list(layers) == list(range(layers[0], layers[-1] + 1))
         where = f"{layers[0]}-{layers[-1]}" if run else ",".join(map(str, layers))
         where += ", each its own" if setting.get("weights") else ""
-        told = f"{where}, {setting['tokens']}, dose {setting['dose']:.3g}"
+        where += f", {setting['tokens']}"
+        if first := setting.get("first"):
+            where += f", the first {first[0]} at {first[1]:g} times the dose"
+        told = f"{where}, dose {setting['dose']:.3g}"
         count = line["tuned"].get("prompts", {}).get("held out", EARLIER)
         known = [held[n].get("fluency") for n in ("none", "paper", "tuned")]
         fluent = ", ".join(f"{v:.2f}" for v in known if v)

@@ -308,7 +308,10 @@ def _print_settings(
         facts = asdict(setting)
         told = (f"{facts[k]:.3g}" for k in ("dose", "effect", "ratio"))
         layers = _span(setting.layers) + (", each its own" if setting.weights else "")
-        table.add_row(layers, setting.tokens, *told, shown.get(id(setting), ""))
+        tokens = setting.tokens
+        if setting.first:
+            tokens += ", the first {} {:g}-fold".format(*setting.first)
+        table.add_row(layers, tokens, *told, shown.get(id(setting), ""))
     OUT.print(table)
     OUT.print(Text(f"Without an edit the effect is {baseline:.3g}.", style="dim"))
 

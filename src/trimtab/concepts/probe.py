@@ -21,9 +21,9 @@ from trimtab.artifact import (
     register_foreign,
     save,
 )
-from trimtab.edits import Add, Readout, wide
+from trimtab.edits import Add, Edit, Readout, wide
 from trimtab.errors import ArtifactError, PlaceError
-from trimtab.place import LayerSpec, Place, TokenSpec
+from trimtab.place import SPANS, LayerSpec, Place, TokenSpec
 from trimtab.recording import Recording
 
 SCORES = ("accuracy", "heldout_accuracy", "heldout_auroc")
@@ -97,7 +97,8 @@ class Probe:
         dose: float | Sequence[float] | Tensor | None = None,
         tokens: TokenSpec | None = None,
         weights: Sequence[float] | None = None,
-    ) -> Add:
+        first: tuple[int, float] | None = None,
+    ) -> Edit:
         """The edit that adds ``scale`` (16) times the unit direction at each chosen layer.
 
         ``dose`` instead of ``scale`` is a fraction of each activation's own length, which carries
@@ -105,10 +106,11 @@ class Probe:
         away. ``tokens="answer"`` is the paper's ``only_last``. ``layers``: given, else the
         ``top_layers`` (16) with the best accuracy on the training rows. ``keep_norm`` (yes):
         x' = |x| (x + a w) / |x + a w|, the paper's form. ``tokens``: all. ``weights``: the share of
-        the strength that each layer gets (all of it). A tuned probe asked for nothing of this
-        steers by its ``guidance``.
+        the strength that each layer gets (all of it). ``first`` (n, factor): the first n of the
+        tokens take ``factor`` times the strength; then ``tokens`` is a span without a slice. A
+        tuned probe asked for nothing of this steers by its ``guidance``.
         """
-        asked = (scale, layers, top_layers, keep_norm, dose, tokens, weights)
+        asked = (scale, layers, top_layers, keep_norm, dose, tokens, weights, first)
         if self.guidance is not None and all(one is None for one in asked):
             return self.edit(**self.guidance)
         if dose is not None and scale is not None:
@@ -130,15 +132,25 @@ class Probe:
                 )
         strength = strength * share
         delta = strength.reshape(-1, 1) * direction
-        place = self.place.at(
-            layers=chosen, tokens="all" if tokens is None else tokens, before=False
-        )
+        tokens = "all" if tokens is None else tokens
+        place = self.place.at(layers=chosen, tokens=tokens, before=False)
         made_by = {"from": "probe", **self.meta.made_by}
-        meta = replace(self.meta, made_by=made_by)
-        kept = keep_norm is None or keep_norm
-        return Add(place, delta, keep_norm=kept, relative=dose is not None, meta=meta)
+        made = Add(
+            place,
+            delta,
+            keep_norm=keep_norm is None or keep_norm,
+            relative=dose is not None,
+            meta=replace(self.meta, made_by=made_by),
+        )
+        if first is None:
+            return made
+        if tokens not in SPANS:
+            raise PlaceError(f"first= goes with tokens {' or '.join(SPANS)}, not {tokens!r}")
+        count, factor = first
+        begun = replace(made.scaled(factor), place=place.at(tokens=f"{tokens}[:{count}]"))
+        return begun + replace(made, place=place.at(tokens=f"{tokens}[{count}:]"))
 
-    def as_edit(self) -> Add:
+    def as_edit(self) -> Edit:
         """What this probe stands for as an argument ``edits``: its tuned edit.
 
         Raises PlaceError where it was not tuned.
@@ -245,15 +257,18 @@ def read_probe(parts: Parts) -> Probe:
 
 
 def _guidance(found: Any) -> dict[str, Any] | None:
-    """The arguments of ``edit`` that an artifact holds: layers, tokens, a dose, maybe weights."""
+    """The arguments of ``edit`` that an artifact holds: layers, tokens, a dose, maybe more."""
     if found is None:
         return None
     wanted = {"layers": list, "tokens": str, "dose": int | float}
-    fits = isinstance(found, dict) and set(found) - {"weights"} == set(wanted)
+    fits = isinstance(found, dict) and set(found) - {"weights", "first"} == set(wanted)
     if fits and "weights" in found:
         own = found["weights"]
         fits = isinstance(own, list) and len(own) == len(found["layers"])
         fits = fits and all(isinstance(w, int | float) for w in own)
+    if fits and "first" in found:
+        first = found["first"]
+        fits = isinstance(first, list) and [type(v) for v in first] == [int, float]
     if not fits or not all(isinstance(found[k], kind) for k, kind in wanted.items()):
         raise ArtifactError(f"this probe's guidance is {found!r:.80}; tune it again")
     return dict(found)

@@ -35,6 +35,7 @@ def profiles(
     lm: LM,
     probe: Probe,
     tokens: str,
+    first: tuple[int, float] | None,
     examples: Sequence[Any],
     pairs: Sequence[tuple[Any, str]],
     pieces: Pieces,
@@ -56,12 +57,13 @@ def profiles(
         for _, number in rows:  # -2: the concept; -1: the perplexity; then at a dose in each group
             doses = SMALL * member[number] if number >= 0 else torch.zeros(len(layers))
             some = texts if number == -2 else plain
-            made.append((member @ slope(lm, probe, tokens, some, doses)).tolist())
+            made.append((member @ slope(lm, probe, tokens, some, doses, first)).tolist())
         return made
 
     rows = [(0, number) for number in range(-2, count)]
     one_by_one = Pieces(pieces.journal, 1, pieces.show_progress)
-    slopes = one_by_one.work(f"slopes by layer, {tokens}", rows, found)
+    stage = f"slopes by layer, {tokens}" + (f", first {first}" if first else "")
+    slopes = one_by_one.work(stage, rows, found)
     gain, cost, *moved = (torch.tensor(slopes[row], dtype=torch.float64) for row in rows)
     curvature = (torch.stack(moved) - cost) / SMALL
     made = (solved(curvature, gain, damping) for damping in DAMPING)
@@ -89,7 +91,14 @@ def contrast(examples: Sequence[Any]) -> Weighted:
     ]
 
 
-def slope(lm: LM, probe: Probe, tokens: str, texts: Weighted, doses: Tensor) -> Tensor:
+def slope(
+    lm: LM,
+    probe: Probe,
+    tokens: str,
+    texts: Weighted,
+    doses: Tensor,
+    first: tuple[int, float] | None = None,
+) -> Tensor:
     """The gradient [L] at ``doses`` [L] of the weighted sum of the texts' mean log-likelihoods."""
     doses = doses.clone().requires_grad_(True)
     total = torch.zeros_like(doses)
@@ -97,7 +106,7 @@ def slope(lm: LM, probe: Probe, tokens: str, texts: Weighted, doses: Tensor) -> 
     for start in range(0, len(texts), TOGETHER):
         asked, answers, weights = zip(*texts[start : start + TOGETHER], strict=True)
         with torch.enable_grad(), frozen(lm.model):
-            edit = probe.edit(layers=list(probe.layers), tokens=tokens, dose=doses)
+            edit = probe.edit(layers=list(probe.layers), tokens=tokens, dose=doses, first=first)
             said = None if answers[0] is None else list(answers)
             scores = lm.score(list(asked), said, edit)
             loss = (scores * torch.tensor(weights).to(scores)).sum()

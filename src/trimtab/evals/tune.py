@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from trimtab.concepts import Probe
-from trimtab.edits import Add
+from trimtab.edits import Edit
 from trimtab.evals.identity import scorer_identity
 from trimtab.evals.profile import DAMPING, profiles
 from trimtab.evals.scorers import Scorer, prompt_text, score
@@ -44,9 +44,11 @@ STEPS = 3  # comparisons, each on more prompts
 KEPT = 1 / 3  # of the settings, from one comparison to the next
 MAX_REPETITION = 0.15  # more than without the edit: text that goes round in circles
 
-# An answer goes on as it begins: its first few tokens alone take a much larger dose, as the bound
-# is on the mean over an answer.
-SELECTORS = ("all", "answer", "answer[:8]", "answer[:4]")
+# An answer goes on as it begins, and the bound is on the mean over an answer: its first few tokens
+# take a much larger dose. Where a part e1 of an effect is to be had of them and e2 of all others,
+# at costs that grow as the square of the dose, both together give (e1^2 + e2^2)^(1/2).
+FIRST = (4, 4.0)  # so many of them, at so many times the dose
+SELECTORS = ("all", "answer", "answer[:4]")
 
 Pairs = list[tuple[Any, str]]
 
@@ -58,7 +60,7 @@ class Setting:
     ``effect``: the judge's mean over ``judged`` prompts; ``ratio``: the perplexity of the
     references (some; all for the finalists), in that without an edit; ``repetition``: the share of
     repeated three-word runs. ``weights``: the share of the dose that each layer gets (empty: all
-    alike).
+    alike). ``first`` (n, factor): the first n tokens take ``factor`` times the dose.
     """
 
     layers: tuple[int, ...]
@@ -69,19 +71,21 @@ class Setting:
     repetition: float = math.nan
     judged: int = 0
     weights: tuple[float, ...] = ()
+    first: tuple[int, float] | None = None
 
     @property
     def guidance(self) -> dict[str, Any]:
         """The arguments of ``probe.edit`` that make it so."""
-        own = {"weights": list(self.weights)} if self.weights else {}
+        own: dict[str, Any] = {"weights": list(self.weights)} if self.weights else {}
+        own |= {"first": list(self.first)} if self.first else {}
         return {"layers": list(self.layers), "tokens": self.tokens, "dose": self.dose, **own}
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What tells settings apart, whatever was measured of them."""
-        return self.layers, self.tokens, self.dose, self.weights
+        return self.layers, self.tokens, self.dose, self.weights, self.first
 
-    def edit(self, probe: Probe) -> Add | None:
+    def edit(self, probe: Probe) -> Edit | None:
         """The probe's edit at this setting; None for a dose of 0."""
         return probe.edit(**self.guidance) if self.dose else None
 
@@ -102,7 +106,7 @@ class Tuned:
     generated: int  # tokens, at most
 
     @property
-    def edit(self) -> Add:
+    def edit(self) -> Edit:
         """The edit that was chosen."""
         return self.probe.edit()
 
@@ -129,7 +133,7 @@ def tune(
     ``budget``: generated tokens in all. ``max_ratio``: how much the mean perplexity of the
     references (as for ``sweep``) may rise. ``layers``: the choices to try, by default windows over
     the depth and the layers with the best training accuracy, the paper's 16 among them.
-    ``tokens``: the selectors to try.
+    ``tokens``: the selectors to try; "answer" also with a larger dose at its first few tokens.
     ``examples``: labelled ones of the concept, such as the probe learnt from; with them some
     choices give each layer a dose of its own, as the examples' likelihood and the references'
     perplexity suggest. ``out``: a file that keeps finished batches, so that the same call goes on
@@ -143,8 +147,10 @@ def tune(
         raise ValueError(f"max_ratio is above 1, the perplexity without an edit; not {max_ratio}")
     asked, tokens = prompts_of(prompts), [tokens] if isinstance(tokens, str) else list(tokens)
     windows = _windows(probe) if layers is None else [_layers_of(probe, w) for w in layers]
-    starts = [Setting(w, t, _dose(w)) for w in windows for t in tokens]
-    count = len(starts) + (0 if examples is None else len(DAMPING) * len(tokens))
+    kinds: list[tuple[str, tuple[int, float] | None]] = [(t, None) for t in tokens]
+    kinds += [(t, FIRST) for t in tokens if t == "answer"]
+    starts = [Setting(w, t, _dose(w), first=first) for w in windows for t, first in kinds]
+    count = len(starts) + (0 if examples is None else len(DAMPING) * len(kinds))
     if budget < (least := max_new_tokens * (len(asked) + 2 * count + 2 * _finalists(count))):
         raise ValueError(
             f"a budget of {budget} tokens is too small for {len(asked)} prompts, {count} "
@@ -227,7 +233,7 @@ class _Search:
             plain = [self.answers[(*NOTHING.key, i)] for i in everything]
             pairs = own_references(self.prompts, plain)
         if examples is not None:
-            every = dict.fromkeys(s.tokens for s in starts)
+            every = dict.fromkeys((s.tokens, s.first) for s in starts)
             starts = starts + self._profiled(examples, pairs, every)
         some = pairs[:: -(-len(pairs) // FEW)]
         limits = self._largest("largest dose", starts, some)
@@ -251,14 +257,17 @@ class _Search:
         )
 
     def _profiled(
-        self, examples: Sequence[Any], pairs: Pairs, tokens: Iterable[str]
+        self,
+        examples: Sequence[Any],
+        pairs: Pairs,
+        kinds: Iterable[tuple[str, tuple[int, float] | None]],
     ) -> list[Setting]:
         """All layers, each with its own share of the dose."""
-        layers = self.probe.layers
+        lm, probe, layers = self.lm, self.probe, self.probe.layers
         return [
-            Setting(layers, each, _dose(layers), weights=weights)
-            for each in tokens
-            for weights in profiles(self.lm, self.probe, each, examples, pairs, self.pieces)
+            Setting(layers, tokens, _dose(layers), weights=weights, first=first)
+            for tokens, first in kinds
+            for weights in profiles(lm, probe, tokens, first, examples, pairs, self.pieces)
         ]
 
     def _largest(self, stage: str, settings: list[Setting], pairs: Pairs) -> list[Setting]:
