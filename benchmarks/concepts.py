@@ -442,11 +442,7 @@ def tuning(
     setting = {k: v for k, v in asdict(tuned.best).items() if k != "judged"}
     told_of = ("tokens", "first", "dose", "effect", "ratio", "judged")
     finalists = [
-        {
-            k: v
-            for k, v in asdict(s).items()
-            if k in ("tokens", "first", "dose", "effect", "ratio", "judged")
-        }
+        {k: v for k, v in asdict(s).items() if k in told_of}
         | {"layers": len(s.layers), "own doses": bool(s.weights)}
         for s in sorted(tuned.tried, key=lambda s: (-s.judged, -s.effect))[:8]
     ]

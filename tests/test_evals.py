@@ -23,7 +23,7 @@ from trimtab.errors import ArtifactError
 from trimtab.evals.identity import scorer_identity
 from trimtab.evals.profile import contrast, slope, solved
 from trimtab.evals.sweep import asking
-from trimtab.evals.tune import CLOSE, Setting, _finalists, _Search
+from trimtab.evals.tune import CLOSE, FIRST, Setting, _finalists, _Search
 from trimtab.journal import Journal
 
 SCALES = np.array([-256, -128, -64, -32, -16, -8, 0, 8, 16, 32, 64, 128, 256], float)
@@ -541,10 +541,38 @@ def test_comparisons_stay_within_the_budget_and_grow(settings, more, dose):
         assert judged == [24, 24, 24]
 
 
+def test_the_first_tokens_take_a_dose_of_their_own(lm, probe, tmp_path):
+    made = probe.edit(layers=[1, 2], tokens="answer", dose=0.1, first=(2, 3.0))
+    begun, rest = (
+        probe.edit(layers=[1, 2], tokens=t, dose=d)
+        for t, d in (("answer[:2]", 0.3), ("answer[2:]", 0.1))
+    )
+    with torch.no_grad():
+        batch = lm.batch(PROMPTS[:2], ["some more words"] * 2)
+        found, wanted, plain = (
+            lm(batch, e).logits
+            for e in (made, begun + rest, probe.edit(layers=[1, 2], tokens="answer", dose=0.1))
+        )
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(found, plain, atol=1e-3)  # the control
+    with pytest.raises(tt.PlaceError, match=r"first= goes with tokens all or prompt or answer"):
+        probe.edit(tokens="answer[:4]", dose=0.1, first=(2, 3.0))
+    guided = replace(
+        probe, guidance={"layers": [1, 2], "tokens": "answer", "dose": 0.1, "first": [2, 3.0]}
+    )
+    guided.save(tmp_path / "guided")
+    assert lm.generate(PROMPTS, tt.load(tmp_path / "guided"), 6) == lm.generate(PROMPTS, made, 6)
+    file = tmp_path / "guided" / "artifact.json"
+    file.write_text(file.read_text().replace("3.0", '"much"'))
+    with pytest.raises(ArtifactError):
+        tt.load(tmp_path / "guided")
+
+
 @pytest.mark.filterwarnings("ignore:no setting has more effect")
 def test_whole_answers_and_their_beginnings_are_tried(lm, probe):
     found = tuned(lm, probe, layers=[[1, 2]])
-    assert {s.tokens for s in found.tried} == {"all", "answer", "answer[:4]"}
+    kinds = {(s.tokens, s.first) for s in found.tried}
+    assert kinds == {("all", None), ("answer", None), ("answer[:4]", None), ("answer", FIRST)}
     only = tuned(lm, probe, layers=[[1, 2]], tokens="answer")
     assert {s.tokens for s in only.tried} == {"answer"}
 
