@@ -589,7 +589,8 @@ def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
         "16: the same layers, with their dose tuned as the others' is. Tuned: the best of some",
         'sixty choices of layers and tokens; "each its own": doses by layer, found by slopes.',
         "Fluency: the median perplexity of the answers themselves to the plain model, for no edit,",
-        "16, and tuned.\n",
+        f"16, and tuned. Lines of fewer than {NUMBERS['held-out']} prompts are of an earlier form of the",
+        "search, without the first tokens at a dose of their own.\n",
         "| concept | no edit | grid | 16 | tuned | asking | tuned - 16 [95 %] | fluency | prompts "
         "| where |",
         "|---|---|---|---|---|---|---|---|---|---|",
