@@ -508,10 +508,20 @@ ones at a perplexity ratio of at most 1.25 on plain answers.
 """
 
 
+CAUTION = """
+**Read the answers before you believe a gain.** A search finds what its judge is blind to. Anger's
+is such a one: with the first 4 tokens of layers 15-29 at the bound, 40 % of 144 answers apologise
+or speak as a chatbot ("I'm sorry for any misunderstanding, but as a chatbot ..."), beside 16 %
+without an edit and 19 % by the 16 layers. The judge, fitted on scenes of four emotions, takes these
+for anger (0.65); the other answers are no angrier than by the 16 layers (0.18 and 0.19). Of
+refusal, where the judge counts such phrases, the gain is what it seems to be.
+"""
+
+
 def write_page(lines: list[dict[str, Any]], path: Path) -> None:
     """The table, what was chosen, and completions, as Markdown."""
     whole = [line for line in lines if "probes" in line]
-    made = [HEAD, *reading_table(whole), *steering_table(whole), *tuned_table(lines)]
+    made = [HEAD, *reading_table(whole), *steering_table(whole), *tuned_table(lines), CAUTION]
     for line in lines:
         if texts := line["tuned"]["examples"]:
             made.append(f"\n## {line['concept'].capitalize()}: answers to held-out prompts\n")
@@ -589,8 +599,8 @@ def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
         "16: the same layers, with their dose tuned as the others' is. Tuned: the best of some",
         'sixty choices of layers and tokens; "each its own": doses by layer, found by slopes.',
         "Fluency: the median perplexity of the answers themselves to the plain model, for no edit,",
-        f"16, and tuned. Lines of fewer than {NUMBERS['held-out']} prompts are of an earlier form of the",
-        "search, without the first tokens at a dose of their own.\n",
+        f"16, and tuned. Lines of fewer than {NUMBERS['held-out']} prompts are of an earlier form",
+        "of the search, without the first tokens at a dose of their own.\n",
         "| concept | no edit | grid | 16 | tuned | asking | tuned - 16 [95 %] | fluency | prompts "
         "| where |",
         "|---|---|---|---|---|---|---|---|---|---|",
