@@ -513,7 +513,9 @@ CAUTION = """
 is such a one: with the first 4 tokens of layers 15-29 at the bound, 40 % of 144 answers apologise
 or speak as a chatbot ("I'm sorry for any misunderstanding, but as a chatbot ..."), beside 16 %
 without an edit and 19 % by the 16 layers. The judge, fitted on scenes of four emotions, takes these
-for anger (0.65); the other answers are no angrier than by the 16 layers (0.18 and 0.19). Of
+for anger (0.65); the other answers are no angrier than by the 16 layers (0.18 and 0.19). A judge
+with a fifth class, of ordinary answers, sees next to no anger in any: 0.045 without an edit, 0.066
+by the 16 layers, 0.080 by the best of forty settings (72 prompts, +0.014 [-0.023, +0.051]). Of
 refusal, where the judge counts such phrases, the gain is what it seems to be.
 """
 
