@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from concepts import Embedder, judge_of
+from concept_sets import Embedder, judge_of
 from torch import Tensor
 
 from trimtab.solvers import auroc

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 from common import save
-from concepts import DATA, FEELINGS, REQUESTS, judge_of
+from concept_sets import DATA, FEELINGS, REQUESTS, judge_of
 from moods import Outside
 from torch import Tensor
 

@@ -62,15 +62,15 @@ class FlatReader(Reader):
         self.index = torch.tensor([i for row in where for i in row], dtype=torch.long)
         self.lengths = tuple(len(row) for row in where)
         self.kept: list[Tensor] = []
-        self.placed: dict[torch.device, Tensor] = {}
+        self.devices: dict[torch.device, Tensor] = {}
 
     def begin(self, positions: Tensor) -> None:
-        self.kept, self.placed = [], {}
+        self.kept, self.devices = [], {}
 
     def read(self, x: Tensor) -> None:
-        if x.device not in self.placed:
-            self.placed[x.device] = self.index.to(x.device)
-        picked = x.flatten(0, 1)[self.placed[x.device]]
+        if x.device not in self.devices:
+            self.devices[x.device] = self.index.to(x.device)
+        picked = x.flatten(0, 1)[self.devices[x.device]]
         self.kept.append(picked if self.dtype is None else picked.to(self.dtype))
 
     def chunk(self, rows: tuple[int, ...]) -> Chunk:

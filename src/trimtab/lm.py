@@ -271,8 +271,7 @@ class LM:
         with ExitStack() as stack:
             if fast:
                 stack.enter_context(self.products.fast())
-                if not torch.compiler.is_compiling():
-                    stack.enter_context(sharing())
+                stack.enter_context(sharing())
                 stack.enter_context(settled(self.model))
             return self.model(input_ids=ids.to(self.device), attention_mask=mask, **options)
 
