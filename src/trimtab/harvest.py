@@ -146,7 +146,7 @@ def _remaining(
 ) -> list[Sheet]:
     """The sheets that are still to run. They keep their shape, so that a run that was stopped and
     goes on gives the same bits as one that was not; only a sheet that is half done (because the
-    batch size is another) is laid out anew.
+    batch size or the device is another) is laid out anew.
     """
     left = [[row for row in sheet.rows if row.number not in done] for sheet in sheets]
     whole = [s for s, rows in zip(sheets, left, strict=True) if len(rows) == len(s.rows)]

@@ -310,7 +310,7 @@ def _print_settings(
         layers = _span(setting.layers) + (", each its own" if setting.weights else "")
         tokens = setting.tokens
         if setting.first:
-            tokens += ", the first {} {:g}-fold".format(*setting.first)
+            tokens += ", {1:g}x at the first {0}".format(*setting.first)
         table.add_row(layers, tokens, *told, shown.get(id(setting), ""))
     OUT.print(table)
     OUT.print(Text(f"Without an edit the effect is {baseline:.3g}.", style="dim"))
