@@ -4,10 +4,12 @@ The judge here counts letters: sweeps and tuning are about rows, files and bound
 """
 
 import json
+import math
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +21,11 @@ from scipy.optimize import least_squares
 import model_zoo
 import tokenizers_zoo
 import trimtab as tt
-from trimtab.errors import ArtifactError
+from trimtab.errors import ArtifactError, TrimtabError
 from trimtab.evals.identity import scorer_identity
 from trimtab.evals.profile import contrast, slope, solved
-from trimtab.evals.sweep import asking
+from trimtab.evals.report import page
+from trimtab.evals.sweep import asking, exponential
 from trimtab.evals.tune import CLOSE, FIRST, Setting, _finalists, _Search
 from trimtab.journal import Journal
 
@@ -304,11 +307,53 @@ def test_a_sweep_is_saved_whole_and_read_back(lm, tmp_path):
         ({"prompts": []}, "no prompts"),
         ({"reference": ["one"]}, "1 reference answers for 4 prompts"),
         ({"reference": []}, "reference is empty"),
+        ({"reference": ["a", "b", " ", "d"]}, r"references \[2\] are empty"),
+        ({"prompts": ["What?", None]}, "prompt 1 is None"),
+        ({"scorer": None}, "None cannot be"),
+        ({"batch_size": 0}, "batch_size is 1 or more, not 0"),
+        ({"prompts": [[{"role": "system", "content": "S"}]]}, "has none"),
     ],
 )
-def test_a_sweep_says_what_does_not_fit(lm, changes, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_sweep_says_what_does_not_fit_before_it_answers(lm, monkeypatch, changes, told):
+    monkeypatch.setattr(lm, "generate", lambda *a, **k: pytest.fail("answered"))
+    with pytest.raises((ValueError, TrimtabError), match=told):
         swept(lm, **changes)
+
+
+def test_a_judge_that_fails_loses_no_answer(lm, tmp_path, monkeypatch):
+    calls, plain = [], lm.generate
+    monkeypatch.setattr(lm, "generate", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    with pytest.raises(TrimtabError, match="one number per answer"):
+        swept(lm, out=tmp_path, batch_size=4, scorer=lambda prompts, answers: [1.0])
+    assert len(calls) == 1  # found out at the first batch
+    again = swept(lm, out=tmp_path, batch_size=4)
+    assert len(calls) == len(again.arms) == 9  # whose answers were kept
+    assert again == swept(lm, batch_size=4) != swept(lm, batch_size=4, scorer=lengths)
+    with pytest.raises(ArtifactError, match=r"another sweep \(judge: \"vowels\" there"):
+        swept(lm, out=tmp_path, batch_size=4, scorer=lengths)
+
+
+def lengths(prompts, answers):
+    return [len(answer) / 100 for answer in answers]
+
+
+def test_a_sweep_without_asking_says_so(lm):
+    with pytest.warns(UserWarning, match="just asking"):
+        assert "prompt" not in {a.name for a in swept(lm, ask=None).arms}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        swept(lm, ask=None, baselines=("random",))
+
+
+def test_a_page_says_who_judged_and_what_was_asked(lm):
+    text = page(swept(lm))
+    assert "judge: vowels" in text and "just asking: Use vowels." in text
+    assert "judge: lengths" in page(swept(lm, scorer=lengths)) != text
+
+
+def test_what_is_no_number_is_finite_in_a_file():
+    assert exponential(math.nan) == exponential(math.inf) == math.exp(700)
+    assert exponential(0.5) == math.exp(0.5)
 
 
 def test_a_sweep_of_another_kind_does_not_overwrite_a_result(lm, tmp_path):
@@ -347,7 +392,9 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_same_file(lm, tmp_path):
     progress = broken / "progress.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        if progress.exists() and progress.read_bytes().count(b"\n") == 4:
+        if (
+            progress.exists() and progress.read_bytes().count(b"\n") == 7
+        ):  # the job; answers and their effects
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
@@ -440,7 +487,8 @@ def probe(lm):
 
 def tuned(lm, probe, **changes):
     given = {"max_new_tokens": 6, "budget": 6000, "max_ratio": 1.5, "show_progress": False}
-    return tt.evals.tune(lm, probe, PROMPTS, vowels, **(given | changes))
+    given |= {"prompts": PROMPTS, "scorer": vowels} | changes
+    return tt.evals.tune(lm, probe, **given)
 
 
 def test_tuning_stays_within_its_bounds_and_is_stored(lm, probe, tmp_path):
@@ -449,6 +497,9 @@ def test_tuning_stays_within_its_bounds_and_is_stored(lm, probe, tmp_path):
     assert best.ratio <= 1.5 and best.judged == len(PROMPTS)
     assert found.generated <= 6000
     assert best.effect == max(s.effect for s in found.frontier)
+    assert found.runner_up is None or best.guidance | {"dose": 0} != found.runner_up.guidance | {
+        "dose": 0
+    }
     ratios = [s.ratio for s in found.frontier]
     assert ratios == sorted(ratios)
     # What it reports is what the edit does.
@@ -575,6 +626,48 @@ def test_whole_answers_and_their_beginnings_are_tried(lm, probe):
     assert kinds == {("all", None), ("answer", None), ("answer[:4]", None), ("answer", FIRST)}
     only = tuned(lm, probe, layers=[[1, 2]], tokens="answer")
     assert {s.tokens for s in only.tried} == {"answer"}
+
+
+@pytest.mark.filterwarnings("ignore:no setting has more effect")
+def test_the_frontier_says_what_a_lower_price_buys(lm, probe):
+    given = {"layers": [[1, 2]], "tokens": "answer[:4]", "max_ratio": 3.0}
+    found = tuned(lm, probe, **given)
+    doses = sorted(s.dose for s in found.tried if s.judged)[-3:]
+    assert doses == pytest.approx([doses[2] / 3, doses[2] * 2 / 3, doses[2]])
+    smallest, largest = (next(s for s in found.tried if s.dose == doses[i]) for i in (0, 2))
+    answers = lm.generate(PROMPTS, smallest.edit(probe), 6)
+    assert smallest.effect == pytest.approx(float(np.mean(vowels(PROMPTS, answers))))
+    assert 1 < smallest.ratio < largest.ratio and smallest.judged == len(PROMPTS)
+    assert found.best.effect == max(s.effect for s in found.frontier)
+    # A budget that is used up buys none of it: a control.
+    least = 6 * (4 + 2 + 4)
+    assert len(tuned(lm, probe, **given, budget=least).tried) == 1
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"layers": []}, "each name one choice"),
+        ({"tokens": []}, "each name one choice"),
+        ({"tokens": "answr"}, "cannot read the tokens 'answr'"),
+        ({"examples": [("a", "b")]}, "takes labelled Examples"),
+        ({"scorer": None}, "None cannot be"),
+        ({"batch_size": 0}, "batch_size is 1 or more"),
+        ({"reference": ["a", "", "c", "d"]}, r"references \[1\] are empty"),
+    ],
+)
+def test_tuning_says_what_does_not_fit_before_it_answers(lm, probe, monkeypatch, changes, told):
+    monkeypatch.setattr(lm, "generate", lambda *a, **k: pytest.fail("answered"))
+    with pytest.raises((ValueError, TrimtabError), match=told):
+        tuned(lm, probe, **changes)
+
+
+def test_tuning_tries_a_choice_once_and_takes_probes_only(lm, probe):
+    found = tuned(lm, probe, layers=[[0], "0", [0]], tokens=["all", " all"])
+    assert {(s.layers, s.tokens) for s in found.tried} == {((0,), "all")}
+    assert found.runner_up is None
+    with pytest.raises(ValueError, match="takes a Probe of tt.concepts.fit, not Add"):
+        tuned(lm, make_edit(lm)(1.0))
 
 
 @pytest.mark.filterwarnings("ignore:no setting has more effect")

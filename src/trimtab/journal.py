@@ -69,7 +69,7 @@ class Journal:
                 self._file.close()
                 raise ArtifactError(
                     f"{path} holds the beginning of another job "
-                    f"({_difference(_job_of(entries[0]), job)}); delete it, or name another file"
+                    f"({difference(_job_of(entries[0]), job)}); delete it, or name another file"
                 )
             entries = []
         self._file.truncate(sum(map(len, lines[: len(entries)])))
@@ -111,7 +111,7 @@ def _job_of(entry: Any) -> Any:
     return entry.get("job") if isinstance(entry, dict) else None
 
 
-def _difference(there: Any, now: Any, name: str = "") -> str:
+def difference(there: Any, now: Any, name: str = "") -> str:
     """The innermost first thing in which two jobs differ, by its dotted name."""
     alike = _short(there) == _short(now)
     if alike and isinstance(there, list) and isinstance(now, list):
@@ -123,7 +123,7 @@ def _difference(there: Any, now: Any, name: str = "") -> str:
     if isinstance(there, dict) and isinstance(now, dict):
         key = next((k for k in [*now, *there] if there.get(k) != now.get(k)), None)
         if key is not None:
-            return _difference(there.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+            return difference(there.get(key), now.get(key), f"{name}.{key}" if name else str(key))
     return f"{name or 'its form'}: {_short(there)} there, {_short(now)} now"
 
 

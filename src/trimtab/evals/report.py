@@ -337,7 +337,12 @@ def _summary(sweep: SweepLike) -> str:
     parts.append(f"{len(scales)} scales")
     if (fit := _fit(sweep)) is not None:
         parts.append(_pnes_text(fit))
-    return f"<p>{html.escape(' · '.join(parts))}</p>"
+    own = getattr(sweep, "facts", {})
+    model = own.get("model")
+    said = {"model": model.get("id") if isinstance(model, dict) else model}
+    said |= {"judge": own.get("judge"), "just asking": own.get("ask")}
+    told = [" · ".join(parts), " · ".join(f"{what}: {v}" for what, v in said.items() if v)]
+    return "".join(f"<p>{html.escape(line)}</p>" for line in told if line)
 
 
 def _inline_plot(sweep: SweepLike) -> str:

@@ -8,7 +8,8 @@ asking for it in the prompt.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,8 +27,8 @@ from trimtab.edits import Add, Edit, Sum
 from trimtab.errors import ArtifactError, ChatError
 from trimtab.evals.identity import scorer_identity, weights_identity
 from trimtab.evals.pnes import Pnes, pnes
-from trimtab.evals.scorers import Scorer, prompt_text, score
-from trimtab.journal import Journal, as_json
+from trimtab.evals.scorers import Scorer, prompt_text, score, scorer_name
+from trimtab.journal import Journal, as_json, difference
 from trimtab.lm import LM, listed_prompts, plain_prompts
 from trimtab.merge import Edits, fingerprint
 
@@ -185,19 +186,23 @@ def sweep(
     under each edit says how much language it costs; by default the model's own answers without an
     edit. ``ask``: what the prompt baseline adds to the last user turn ("Answer happily."), or a
     function of a prompt. ``baselines``: of "random" (a direction of the same size, another one for
-    each prompt), "flipped" (the edit at -scale, where that is not swept anyway) and "prompt".
+    each prompt), "flipped" (the edit at -scale, where that is not swept anyway) and "prompt", which
+    is left out, with a warning, where there is no ``ask``.
 
-    Decoding is greedy; rows with different edits share batches. With ``out`` (a folder) every
-    finished batch is kept, and the same call after a crash goes on; the result is
-    ``out/sweep.json``. A scorer is known by what it is made of: its code, all that it holds and the
-    globals that it names, or a text that it has as attribute ``identity``. Raises ValueError for
-    scales, baselines or references that do not fit.
+    Decoding is greedy; rows with different edits share batches, each judged as soon as it is
+    answered. With ``out`` (a folder) every finished batch is kept, and the same call after a crash
+    goes on, also with another judge; the result is ``out/sweep.json``. A scorer is known by what it
+    is made of: its code, all that it holds and the globals that it names, or a text that it has as
+    attribute ``identity``. Raises ValueError for scales, baselines, prompts or references that do
+    not fit.
     """
     values, asked = _checked(scales, baselines), prompts_of(prompts)
+    check_judging(scorer, batch_size)
     arms = _arms(make, values, baselines, ask, seed)
     plan = _Plan(lm, asked, scorer, arms, max_new_tokens)
     pairs = None if reference is None else references(reference, plan.prompts)
     facts = {"scales": values, "batch_size": batch_size, "seed": seed, "title": title}
+    facts |= {"judge": scorer_name(scorer), "ask": ask if isinstance(ask, str) else None}
     job = _job(plan, pairs, facts)
     folder = None if out is None else user_path(out)
     job = job if folder is None else as_json(job)
@@ -206,11 +211,16 @@ def sweep(
         if found.facts == job:
             (folder / "progress.jsonl").unlink(missing_ok=True)  # a crash may have left it
             return found
-        raise ArtifactError(f"{done} is the result of another sweep; name another folder")
+        raise ArtifactError(
+            f"{done} is the result of another sweep ({difference(found.facts, job)}); name another "
+            "folder to write to"
+        )
     progress = None if folder is None else folder / "progress.jsonl"
-    with Journal(progress, job) as journal, lm.products.kept():
+    # Answers are good for any judge: what is kept of them does not hang on it.
+    begun = {key: value for key, value in job.items() if key not in ("scorer", "judge")}
+    with Journal(progress, begun) as journal, lm.products.kept():
         pieces = Pieces(journal, batch_size, show_progress)
-        made = Sweep(plan.run(pieces, pairs), title, job)
+        made = Sweep(plan.run(pieces, pairs, f"judging by {job['scorer']}"), title, job)
         if folder is not None:
             made.save(folder / "sweep.json")
             journal.remove()
@@ -308,13 +318,17 @@ class Pieces:
     ) -> dict[Row, Any]:
         """What ``do`` gives for each row."""
         found: dict[Row, Any] = {}
+        for start, group in self.groups(stage, rows):
+            made = self.journal.piece(f"{stage}/{start}", partial(do, group))
+            found |= dict(zip(group, made, strict=True))
+        return found
+
+    def groups(self, stage: str, rows: list[Row]) -> Iterator[tuple[int, list[Row]]]:
+        """The batches, each with the number of its first row."""
         with tqdm(total=len(rows), desc=stage, disable=not self.show_progress) as bar:
             for start in range(0, len(rows), self.batch_size):
-                group = rows[start : start + self.batch_size]
-                made = self.journal.piece(f"{stage}/{start}", partial(do, group))
-                found |= dict(zip(group, made, strict=True))
+                yield start, (group := rows[start : start + self.batch_size])
                 bar.update(len(group))
-        return found
 
 
 @dataclass(frozen=True)
@@ -327,13 +341,12 @@ class _Plan:
     lines: list[_Line]
     max_new_tokens: int
 
-    def run(self, pieces: Pieces, pairs: list[tuple[Any, str]] | None) -> list[Arm]:
+    def run(self, pieces: Pieces, pairs: list[tuple[Any, str]] | None, judging: str) -> list[Arm]:
         """All arms, finished; ``pairs`` are the references (None for the model's own answers)."""
-        texts = self._answers(pieces)
+        texts, effects = self._answers(pieces, judging)
         pairs = own_references(self.prompts, texts[0]) if pairs is None else pairs
         costs = self._perplexities(pieces, pairs)
         fluencies = self._fluencies(pieces, texts)
-        effects = self._effects(pieces, texts)
         shown = [prompt_text(prompt) for prompt in self.prompts]
         return [
             Arm(
@@ -352,7 +365,8 @@ class _Plan:
     def _rows(self, items: int) -> list[Row]:
         return [(i, k) for i in range(len(self.lines)) for k in range(items)]
 
-    def _answers(self, pieces: Pieces) -> list[list[str]]:
+    def _answers(self, pieces: Pieces, judging: str) -> tuple[list[list[str]], list[list[float]]]:
+        """Answers and their effects; a judge that fails does so after the first batch."""
         rows = self._rows(len(self.prompts))
         asked = {(i, p): self.lines[i].ask(self.prompts[p]) for i, p in rows}
 
@@ -365,8 +379,18 @@ class _Plan:
             )
             return made
 
+        def judge(group: list[Row], said: list[str]) -> list[float]:
+            return list(score(self.scorer, [self.prompts[p] for _, p in group], said).tolist())
+
         rows.sort(key=lambda row: len(prompt_text(asked[row])))  # batches of similar length
-        return self._by_arm(pieces.work("answers", rows, answer))
+        texts: dict[Row, str] = {}
+        effects: dict[Row, float] = {}
+        for start, group in pieces.groups("answers", rows):
+            said = pieces.journal.piece(f"answers/{start}", partial(answer, group))
+            found = pieces.journal.piece(f"{judging}/{start}", partial(judge, group, said))
+            texts |= zip(group, said, strict=True)
+            effects |= zip(group, found, strict=True)
+        return self._by_arm(texts), self._by_arm(effects)
 
     def _perplexities(self, pieces: Pieces, pairs: list[tuple[Any, str]]) -> list[list[float]]:
         def cost(group: list[Row]) -> list[float]:
@@ -393,13 +417,6 @@ class _Plan:
         empty: dict[Row, float | None] = dict.fromkeys(rows)
         return self._by_arm(empty | pieces.work("fluency", full, cost))
 
-    def _effects(self, pieces: Pieces, texts: list[list[str]]) -> list[list[float]]:
-        def judge(group: list[Row]) -> list[float]:
-            asked, said = [self.prompts[p] for _, p in group], [texts[i][p] for i, p in group]
-            return list(score(self.scorer, asked, said).tolist())
-
-        return self._by_arm(pieces.work("judging", self._rows(len(self.prompts)), judge))
-
     def _by_arm(self, found: Mapping[Row, Any]) -> list[list[Any]]:
         """Results row by row as one list per arm, in the order of its items."""
         arms: list[list[Any]] = [[] for _ in self.lines]
@@ -413,7 +430,24 @@ def prompts_of(prompts: Any) -> list[Any]:
     listed = plain_prompts(prompts)
     if not listed:
         raise ValueError("there are no prompts to answer; give at least one")
+    for number, prompt in enumerate(listed):
+        turns = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(turns, list | tuple) or not all(isinstance(t, str | dict) for t in turns):
+            raise ValueError(
+                f"prompt {number} is {prompt!r:.60}; a prompt is a text or a list of messages"
+            )
     return listed
+
+
+def check_judging(scorer: Any, batch_size: int) -> None:
+    """Raises ValueError for a scorer that cannot be called, and for batches without a row."""
+    if not callable(scorer):
+        raise ValueError(
+            f"a scorer is called with prompts and answers, and {scorer!r:.60} cannot be; give one "
+            "of tt.evals, or a function of both"
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size is 1 or more, not {batch_size!r}")
 
 
 def model_identity(lm: LM) -> dict[str, Any]:
@@ -433,8 +467,8 @@ def own_references(prompts: Sequence[Any], answers: Sequence[str]) -> list[tuple
 
 
 def exponential(value: float) -> float:
-    """exp, but finite."""
-    return math.exp(min(value, 700.0))  # broken text is finite in JSON too
+    """exp, but finite: broken text, and a model that gives no number at all, are so in JSON."""
+    return math.exp(700.0 if math.isnan(value) else min(value, 700.0))
 
 
 def _checked(scales: Sequence[float], baselines: Sequence[str]) -> list[float]:
@@ -461,7 +495,13 @@ def _arms(
         lines += [_Line("flipped", scale, _always(_made(make, scale))) for scale in missing]
     if "random" in baselines:
         lines += [_Line("random", s, _randoms(edit, s, seed)) for s, edit in edits.items()]
-    if "prompt" in baselines and ask is not None:
+    if "prompt" in baselines and ask is None:
+        warnings.warn(
+            'whether just asking does as well is not measured: give ask="Answer happily.", or '
+            "leave 'prompt' out of baselines",
+            stacklevel=3,
+        )
+    elif "prompt" in baselines and ask is not None:
         lines.append(_Line("prompt", None, _always(None), asking(ask)))
     return lines
 
@@ -493,7 +533,13 @@ def asking(ask: str | Callable[[Any], Any]) -> Callable[[Any], Any]:
     def asked(prompt: Any) -> Any:
         if isinstance(prompt, str):
             return f"{prompt} {ask}"
-        last = max(i for i, message in enumerate(prompt) if message["role"] == "user")
+        users = [i for i, message in enumerate(prompt) if message["role"] == "user"]
+        if not users:
+            raise ChatError(
+                f"ask= goes to the end of the last user turn, and {prompt!r:.60} has none; leave "
+                "'prompt' out of baselines"
+            )
+        last = users[-1]
         told = {**prompt[last], "content": f"{prompt[last]['content']} {ask}"}
         return [*prompt[:last], told, *prompt[last + 1 :]]
 
@@ -511,8 +557,9 @@ def references(reference: Sequence[Any], prompts: list[Any]) -> list[tuple[Any, 
                 f"{len(listed)} reference answers for {len(prompts)} prompts; give one for each, "
                 "or (prompt, answer) pairs"
             )
-        return list(zip(prompts, listed, strict=True))
-    pairs = [_pair(item) for item in listed]
+        pairs = list(zip(prompts, listed, strict=True))
+    else:
+        pairs = [_pair(item) for item in listed]
     if empty := [i for i, (_, answer) in enumerate(pairs) if not answer.strip()]:
         raise ValueError(f"the references {empty[:8]} are empty answers; leave them out")
     return pairs

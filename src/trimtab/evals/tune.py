@@ -25,6 +25,7 @@ from trimtab.evals.sweep import (
     MAX_RATIO,
     Pieces,
     Row,
+    check_judging,
     exponential,
     model_identity,
     own_references,
@@ -35,13 +36,14 @@ from trimtab.evals.sweep import (
 from trimtab.journal import Journal
 from trimtab.lm import LM
 from trimtab.merge import fingerprint
-from trimtab.place import LayerSpec, Place
+from trimtab.place import LayerSpec, Place, Tokens
 
 ROUNDS = 4  # of the search for the largest dose, at most
 FEW = 12  # references in that search
 CLOSE, AIM = 0.85, 0.93  # of the bound's logarithm: a dose so near to it is kept; what is aimed at
 STEPS = 3  # comparisons, each on more prompts
 KEPT = 1 / 3  # of the settings, from one comparison to the next
+SMALLER = (2 / 3, 1 / 3)  # of the dose of the best setting: what a lower price buys
 MAX_REPETITION = 0.15  # more than without the edit: text that goes round in circles
 
 # An answer goes on as it begins, and the bound is on the mean over an answer: its first few tokens
@@ -95,12 +97,16 @@ NOTHING = Setting((), "all", 0.0)
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning found: the probe with its choice stored, and what it was chosen from."""
+    """What tuning found: the probe with its choice stored, and what it was chosen from.
+
+    ``runner_up``: the best with other layers or tokens. ``frontier``: of the finalists, and of the
+    best one at smaller doses, those that none beats in both effect and perplexity.
+    """
 
     probe: Probe
     best: Setting
     runner_up: Setting | None
-    frontier: list[Setting]  # of the finalists: none other has more effect at less perplexity
+    frontier: list[Setting]
     tried: list[Setting]
     baseline: float  # the effect without an edit
     generated: int  # tokens, at most
@@ -131,8 +137,9 @@ def tune(
     """Find the layers, the tokens and the dose with the largest effect at a bounded perplexity.
 
     ``budget``: generated tokens in all. ``max_ratio``: how much the mean perplexity of the
-    references (as for ``sweep``) may rise. ``layers``: the choices to try, by default windows over
-    the depth and the layers with the best training accuracy, the paper's 16 among them.
+    references (as for ``sweep``) may rise. ``layers``: a list of choices to try, such as
+    ``["0:15", [20]]``, by default windows over the depth and the layers with the best training
+    accuracy, the paper's 16 among them.
     ``tokens``: the selectors to try; "answer" also with a larger dose at its first few tokens.
     ``examples``: labelled ones of the concept, such as the probe learnt from; with them some
     choices give each layer a dose of its own, as the examples' likelihood and the references'
@@ -143,10 +150,18 @@ def tune(
     ValueError for a budget that does not reach every setting twice, and where no dose fits; warns
     where no setting beats no edit.
     """
+    if not isinstance(probe, Probe):
+        raise ValueError(f"tune takes a Probe of tt.concepts.fit, not {type(probe).__name__}")
     if not max_ratio > 1:
         raise ValueError(f"max_ratio is above 1, the perplexity without an edit; not {max_ratio}")
+    check_judging(scorer, batch_size)
     asked, tokens = prompts_of(prompts), [tokens] if isinstance(tokens, str) else list(tokens)
-    windows = _windows(probe) if layers is None else [_layers_of(probe, w) for w in layers]
+    tokens = list(dict.fromkeys(str(Tokens.of(spec)) for spec in tokens))
+    windows = _windows(probe)
+    if layers is not None:
+        windows = list(dict.fromkeys(_layers_of(probe, choice) for choice in layers))
+    if not windows or not tokens:
+        raise ValueError("layers= and tokens= each name one choice to try, at least")
     kinds: list[tuple[str, tuple[int, float] | None]] = [(t, None) for t in tokens]
     kinds += [(t, FIRST) for t in tokens if t == "answer"]
     starts = [Setting(w, t, _dose(w), first=first) for w in windows for t, first in kinds]
@@ -158,6 +173,10 @@ def tune(
             "or shorter answers"
         )
     pairs = None if reference is None else references(reference, asked)
+    if odd := [e for e in examples or () if not hasattr(e, "label")]:
+        raise ValueError(
+            f"examples= takes labelled Examples, such as of tt.data, not {odd[0]!r:.60}"
+        )
     job: dict[str, Any] = {"model": model_identity(lm), "budget": budget, "max_ratio": max_ratio}
     job |= {"probe": fingerprint(probe.edit(layers=list(probe.layers)))}
     job |= {"scorer": scorer_identity(scorer), "texts": [asked, pairs], "layers": windows}
@@ -238,7 +257,9 @@ class _Search:
         some = pairs[:: -(-len(pairs) // FEW)]
         limits = self._largest("largest dose", starts, some)
         steps = self._halve(limits, baseline, budget, pairs)
-        best, *others = steps[-1]
+        steps.append(self._smaller(steps[-1][0], budget, pairs))
+        last = self._ranked(steps[-2] + steps[-1], baseline)
+        best, *others = last
         if best.effect <= baseline.effect:
             warnings.warn(
                 f"no setting has more effect ({best.effect:.3g}) than no edit "
@@ -249,8 +270,8 @@ class _Search:
         return Tuned(
             self._stored(best, baseline),
             best,
-            others[0] if others else None,
-            _frontier(steps[-1]),
+            next((s for s in others if replace(s, dose=best.dose).key != best.key), None),
+            _frontier(s for s in last if s.repetition <= baseline.repetition + MAX_REPETITION),
             list(tried.values()),
             baseline.effect,
             self.spent,
@@ -301,7 +322,6 @@ class _Search:
         steps: list[list[Setting]] = []
         order = _spread(len(self.prompts))
         least = 2 * _finalists(len(settings)) * self.max_new_tokens
-        limit = baseline.repetition + MAX_REPETITION
         for step in range(STEPS):
             if last := step == STEPS - 1:
                 settings = self._largest("all references", settings, pairs)
@@ -315,10 +335,25 @@ class _Search:
             count = self._affordable(settings, order, share)
             told = f"comparison {step + 1} of {STEPS}"
             measured = self._judge(told, settings, order[: max(2, count)])
-            measured.sort(key=lambda s: (s.repetition > limit, -s.effect))
+            measured = self._ranked(measured, baseline)
             steps.append(measured)
             settings = measured[: max(2, math.ceil(len(measured) * KEPT))]
         return steps
+
+    def _smaller(self, best: Setting, budget: int, pairs: Pairs) -> list[Setting]:
+        """The best setting at smaller doses, on the same prompts, as far as the budget goes."""
+        order, made = _spread(len(self.prompts))[: best.judged], []
+        for share in SMALLER:
+            if budget - self.spent >= len(order) * self.max_new_tokens:
+                told, one = f"{share:.2f} of the dose", replace(best, dose=share * best.dose)
+                (one,) = self._ratios(f"price at {told}", [one], pairs)
+                made += self._judge(f"effect at {told}", [one], order)
+        return made
+
+    def _ranked(self, settings: list[Setting], baseline: Setting) -> list[Setting]:
+        """By effect; those whose text goes round in circles come last."""
+        limit = baseline.repetition + MAX_REPETITION
+        return sorted(settings, key=lambda s: (s.repetition > limit, -s.effect))
 
     def _affordable(self, settings: list[Setting], order: list[int], tokens: float) -> int:
         """On how many first prompts all of these can be compared for so many more tokens."""
