@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 import model_zoo
 import tokenizers_zoo
 import trimtab as tt
-from trimtab import cli
+from trimtab import cli, evals
+from trimtab.cli.judging import judge_of
 
 JOY = "We laughed and danced all evening.", "What a bright and lovely morning it was."
 GLOOM = "We sat alone in the rain, in tears.", "It was a grey and hopeless morning."
@@ -177,6 +178,9 @@ def test_fit_warns_of_what_the_probe_could_learn_instead(model, tmp_path):
         (["--place", "resid@99"], "layers"),
         (["--place", "nowhere"], "nowhere"),
         (["--model", "./no-such-model"], "no-such-model"),
+        (["--method", "svm"], "--method is one of mean, logistic, pca, not 'svm'"),
+        (["--l2", "0"], "--l2 is a positive number, not 0"),
+        (["--l2", "nan"], "--l2 is a positive number, not nan"),
     ],
 )
 def test_fit_says_what_is_wrong(model, examples, tmp_path, options, told):
@@ -184,6 +188,89 @@ def test_fit_says_what_is_wrong(model, examples, tmp_path, options, told):
     assert done.code == 2
     assert told in done.err
     assert not (tmp_path / "joy").exists()
+
+
+@pytest.mark.parametrize("method", tt.concepts.METHODS)
+def test_fit_takes_what_the_python_call_takes(lm, model, examples, tmp_path, method):
+    options = ["--method", method, "--no-normalize", "--l2", 5, "--seed", 3]
+    done = trimtab("fit", examples, "-m", model, "--out", tmp_path / "joy", *options)
+    assert done.code == 0, done
+    made, place = tt.load(tmp_path / "joy"), "resid@0: answer[:16]"
+    given = {"method": method, "seed": 3, "show_progress": False}
+    same = tt.concepts.fit(lm, tt.data.read(examples), place, normalize=False, l2=5.0, **given)
+    assert made.weight.equal(same.weight) and made.bias.equal(same.bias) and made.mean is None
+    other = tt.concepts.fit(lm, tt.data.read(examples), place, **given)  # control: the defaults
+    assert other.mean is not None and not made.weight.equal(other.weight)
+
+
+def test_fit_per_head_steers_in_a_chat_and_a_sweep(lm, model, examples, prompts, tmp_path):
+    out = tmp_path / "joy"
+    done = trimtab("fit", examples, "-m", model, "--out", out, "--per-head")
+    assert done.code == 0, done
+    made = tt.load(out)
+    same = tt.concepts.fit(
+        lm, tt.data.read(examples), "heads@0: answer[:16]", per_head=True, show_progress=False
+    )
+    assert isinstance(made, tt.concepts.HeadProbe) and made.weight.equal(same.weight)
+    layer, head = made.best_heads(1)[0]
+    assert re.search(rf"layer +head +train +held out\s+─+\s+{layer} +{head} +[01]\.\d\d", done.out)
+    for scale, options in ((3, [f"{out}=3"]), (16, [out])):
+        answers, _ = talk(model, "Hello", options=("--steer", *options))
+        steered = lm.generate("Hello", edits=made.edit(lm, scale), max_new_tokens=8)
+        assert answers == [(f"joy={scale}", cli.screen.plain(steered))]
+        assert steered != lm.generate("Hello", max_new_tokens=8)  # control
+    given = ["eval", "sweep", out, "-p", prompts, "-j", WORDS, "-m", model, "--max-new-tokens", 4]
+    done = trimtab(*given, "--scales", "0,9", "--tokens", "answer", "--out", tmp_path / "swept")
+    assert done.code == 0, done
+    found = evals.Sweep.load(tmp_path / "swept" / "sweep.json").of("edit")[-1]
+    assert found.answers == lm.generate(found.prompts, made.edit(lm, 9, tokens="answer"), 4)
+    assert found.answers != lm.generate(found.prompts, made.edit(lm, 9), 4)
+    done = trimtab(*given, "--top-layers", 2)
+    assert done.code == 2 and "--top-layers is of a probe of layers" in done.err
+
+
+def oasst_file(tmp_path):
+    rows = [{"message_id": "root", "parent_id": None, "text": "How was it?", "lang": "en"}]
+    rows += [
+        {"message_id": f"{kind}{i}", "parent_id": "root", "text": f"{text} ({i})", "lang": "en",
+         "labels": {"name": ["humor", "creativity"], "value": [humor + i / 99, wit + i / 99]}}
+        for i in range(4)
+        for kind, text, humor, wit in (("a", JOY[0], 0.5, 0.1), ("b", GLOOM[0], 0.1, 0.5))
+    ]  # fmt: skip
+    (tmp_path / "oasst.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "oasst.jsonl"
+
+
+def test_fit_takes_the_options_of_a_set_of_the_hub(model, lm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = oasst_file(tmp_path)
+    source = f"oasst1:label=creativity,limit=6,path={file}"
+    done = trimtab("fit", source, "-m", model, "--held-out", 0)
+    assert done.code == 0, done
+    assert "from 6 examples" in done.err
+    made = tt.load("creativity")  # by what is learnt, not by where it comes from
+    for label, same in (("creativity", True), ("humor", False)):
+        read = tt.data.read("oasst1", label=label, limit=6, path=file)
+        probe = tt.concepts.fit(lm, read, "resid@0: answer[:16]", held_out=0, show_progress=False)
+        assert made.weight.equal(probe.weight) is same
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("oasst1:lable=wit", "cannot read the option 'lable'"),
+        ("oasst1:label=", "cannot read the option 'label'"),
+        ("oasst1:limit=few", "limit is a whole number, not 'few'"),
+        ("oasst1:label=wit,humor", "cannot read the option 'humor'"),
+        ("oasst1:concept=compliance", "oasst1 has no option 'concept'"),
+        ("humor:limit=3", "humor has no option 'limit'"),
+    ],
+)
+def test_options_of_a_source_that_do_not_fit(source, told):
+    for command in (["fit", source], ["fit", source, "--per-head"]):
+        done = trimtab(*command, "-m", "./never-loaded")
+        assert done.code == 2 and told in done.err, done
+        assert "Loading" not in done.err
 
 
 def test_fit_says_which_sources_there_are():
@@ -268,13 +355,22 @@ def test_what_is_wrong_with_a_measurement_is_told_before_a_model_is_loaded(
     probe, prompts, tmp_path, command
 ):
     (tmp_path / "two.txt").write_text("Fine.\nNothing.\n")
-    cases = [(["-j", "nobody"], "no judge 'nobody'"), (["-j", f"probe:{tmp_path}"], "no artifact")]
+    cases = [
+        (["-j", "nobody"], "no judge 'nobody'"),
+        (["-j", f"probe:{tmp_path}"], "no artifact"),
+        (["-j", WORDS, "--reference", tmp_path / "two.txt"], "2 reference answers for 3"),
+        (["-j", WORDS, "--reference", tmp_path / "no.txt"], "cannot read reference answers"),
+        (["-j", WORDS, "--tokens", "some"], "cannot read the tokens 'some'"),
+    ]
     if command[0] == "eval":
         cases += [
             (["-j", WORDS, "--scales", "0,x"], "--scales are numbers"),
             (["-j", WORDS, "--scales", "0,inf"], "--scales are numbers"),
-            (["-j", WORDS, "--reference", tmp_path / "two.txt"], "2 reference answers for 3"),
-            (["-j", WORDS, "--reference", tmp_path / "no.txt"], "cannot read reference answers"),
+        ]
+    else:
+        cases += [
+            (["-j", WORDS, "--layers", "first"], "'first'"),
+            (["-j", WORDS, "--layers", "1:3", "--layers", "2:9"], "9"),
         ]
     for options, told in cases:
         done = trimtab(*command, probe, "-p", prompts, "-m", "./never-loaded", *options)
@@ -304,6 +400,155 @@ def test_eval_sweep_takes_reference_answers(model, probe, prompts, tmp_path):
     assert found["a.json"].perplexities == found["a.txt"].perplexities
     assert found["a.jsonl"].perplexities == pytest.approx([*wanted, wanted[0]], rel=1e-5)
     assert found[None].perplexities != pytest.approx(wanted, rel=1e-2)
+
+
+def swept(model, artifact, prompts, out, *options):
+    """The answers of the strongest edit of a small sweep, and what the command printed."""
+    given = ["-p", prompts, "-j", WORDS, "-m", model, "--out", out, "--max-new-tokens", 6]
+    done = trimtab("eval", "sweep", artifact, *given, "--scales", "0,0.9", *options)
+    assert done.code == 0, done
+    return evals.Sweep.load(out / "sweep.json").of("edit")[-1], done
+
+
+def test_a_sweep_of_a_tuned_probe_steers_as_asked_and_else_as_tuned(
+    model, lm, probe, prompts, tmp_path
+):
+    shares = {"weights": [0.5, 1.0], "first": [2, 4.0]}
+    guidance = {"layers": [1, 2], "tokens": "answer", "dose": 0.1, **shares}
+    tuned = replace(tt.load(probe), guidance=guidance)
+    tuned.save(probe)
+    best = tuned.best_layers(1)
+    cases = [
+        ([], guidance),
+        (["--tokens", "prompt"], {"layers": [1, 2], "tokens": "prompt", "weights": [0.5, 1.0]}),
+        (["--top-layers", 1], {"layers": best, "tokens": "answer", "first": [2, 4.0]}),
+        (["--tokens", "prompt", "--top-layers", 1], {"layers": best, "tokens": "prompt"}),
+    ]
+    found = []
+    for number, (options, wanted) in enumerate(cases):
+        arm, done = swept(model, probe, prompts, tmp_path / f"{number}", *options)
+        assert arm.answers == lm.generate(arm.prompts, tuned.edit(**{**wanted, "dose": 0.9}), 6)
+        assert ("instead of what was tuned" in done.err) is bool(options)
+        found.append(tuple(arm.answers))
+    assert len(set(found)) == len(cases)  # control: none of them is another
+
+
+def test_tokens_of_an_edit_are_its_own(model, probe, prompts, tmp_path):
+    edit = tt.load(probe).edit(dose=0.1, top_layers=2)
+    edit.save(tmp_path / "edit")
+    given = ["eval", "sweep", tmp_path / "edit", "-p", prompts, "-j", WORDS]
+    done = trimtab(*given, "-m", "./never-loaded", "--tokens", "prompt", "--top-layers", 1)
+    assert done.code == 2 and "--tokens and --top-layers choose where a probe steers" in done.err
+    assert "Loading" not in done.err
+    swept(model, tmp_path / "edit", prompts, tmp_path / "out")  # control: without them
+
+
+def test_a_sweep_says_that_just_asking_is_left_out(model, probe, prompts, tmp_path):
+    _, done = swept(model, probe, prompts, tmp_path / "one")
+    assert "Just asking is left out" in done.err and "Warning" not in done.err
+    _, done = swept(model, probe, prompts, tmp_path / "two", "--ask", "Use vowels.")
+    assert "Just asking" not in done.err
+
+
+@pytest.mark.filterwarnings("ignore:no setting has more effect")
+def test_tune_takes_references_layers_and_tokens_and_saves_at_home(
+    model, lm, probe, prompts, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "said.txt").write_text("Fine.\nNothing.\nOnce, long ago.\n")
+    given = ["tune", probe, "-p", prompts, "-j", WORDS, "-m", model, "--budget", 400]
+    given += ["--max-new-tokens", 6, "--max-ratio", 3, "--out", "~/tuned"]
+    given += ["--layers", "1:3", "--layers", "2", "--tokens", "prompt"]
+    done = trimtab(*given, "--reference", tmp_path / "said.txt")
+    assert done.code == 0, done
+    assert "chosen" in done.out
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+    made = tt.load(tmp_path / "tuned").guidance
+    assert made["layers"] in ([1, 2], [2]) and made["tokens"] == "prompt"
+    said = ["Fine.", "Nothing.", "Once, long ago."]
+    pairs = list(zip(prompts.read_text().splitlines(), said, strict=True))
+    judge = judge_of(WORDS, None, None)(lm)
+    asked = {"budget": 400, "max_ratio": 3.0, "max_new_tokens": 6, "show_progress": False}
+    asked |= {"layers": ["1:3", "2"], "tokens": "prompt"}
+    loaded = tt.load(probe)
+    same = evals.tune(lm, loaded, [p for p, _ in pairs], judge, pairs, **asked)
+    assert made == same.probe.guidance
+    own = evals.tune(lm, loaded, [p for p, _ in pairs], judge, **asked)  # control: no references
+    assert made["dose"] != own.best.dose
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "instruction"),
+    [
+        ("label:glad/sad", ("glad", "sad"), "Is the mood of the reply glad or sad?"),
+        ("label:a/b,c", ("a", "b", "c"), "Is the mood of the reply a, b or c?"),
+        ("label:dry / wet: How is it?", ("dry", "wet"), "How is it?"),
+    ],
+)
+def test_a_one_word_label_by_its_name(lm, name, labels, instruction):
+    judge = judge_of(name, None, None)(lm)
+    assert judge == evals.Label(lm, labels, labels[0], f"{instruction} Answer with one word.")
+    remote = judge_of(name, "m", "http://localhost:1/v1")(lm)
+    assert remote == evals.Endpoint("http://localhost:1/v1", "m", instruction, labels)
+    assert judge_of("label:positive/negative", None, None)(lm) == evals.Label(lm)
+
+
+def test_presets_and_compliance_by_their_names(lm):
+    url = "http://localhost:1/v1"
+    assert judge_of("compliance", None, None)(lm) == evals.Label.compliance(lm)
+    assert judge_of("compliance", "m", url)(lm).labels == ("positive", "negative")
+    assert judge_of("humor", None, None)(lm) == evals.YesNo.preset(lm, "humor")
+    remote = judge_of("humor", "m", url)(lm)
+    assert remote == evals.Endpoint.preset(url, "m", "humor")
+    assert remote != evals.Endpoint(url, "m", remote.question)  # control: no shots, no threshold
+    assert judge_of("Is it?", "m", url)(lm) == evals.Endpoint(url, "m", "Is it?")
+
+
+def test_a_text_classifier_by_its_folder(lm, model, probe, prompts, tmp_path):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    names = {0: "joy", 1: "fear"}
+    config = LlamaConfig(
+        vocab_size=512, num_attention_heads=4, pad_token_id=0, id2label=names,
+        label2id={v: k for k, v in names.items()}, **sizes,
+    )  # fmt: skip
+    folder = tmp_path / "moods"
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizers_zoo.byte_tokenizer().save_pretrained(folder)
+    texts = ["We danced.", "It rained."]
+    fear = evals.Classifier.pretrained(str(folder), "fear")(texts, texts)
+    for name, wanted in ((f"{folder}:fear", fear), (f"{folder}:joy", 1 - fear), (folder, 1 - fear)):
+        found = judge_of(f"classifier:{name}", None, None)(lm)(texts, texts)
+        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+    assert not torch.allclose(fear, 1 - fear, atol=1e-4)  # control
+    given = ["eval", "sweep", probe, "-p", prompts, "-m", "./never-loaded", "-j"]
+    for name, told in [
+        (f"classifier:{folder}:envy", "'envy' is no class"),
+        (f"classifier:{model}:joy", "no text classifier"),
+        (f"classifier:{tmp_path / 'none'}:joy", "cannot be read as a text classifier"),
+    ]:
+        done = trimtab(*given, name)
+        assert done.code == 2 and told in done.err and "Loading ./never" not in done.err, done
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "url", "told"),
+    [
+        *((f"label:{text}", None, None, "write the word that counts, a slash") for text in
+          ("glad", "glad/", "/sad", "glad/glad", "a,b/c", "a/b,b", "")),
+        ("label:glad", "m", "http://localhost:1/v1", "write the word that counts, a slash"),
+        ("humor", None, "http://localhost:1/v1", "--endpoint needs the model's name"),
+        ("humour", "m", "http://localhost:1/v1", "--endpoint asks a question"),
+        (WORDS, "m", "http://localhost:1/v1", "needs no server"),
+        (WORDS, "m", None, "asks no language model; leave --judge-model out"),
+        ("classifier:", None, None, "no judge 'classifier:'"),
+        ("compliance:x", None, None, "no judge 'compliance:x'"),
+    ],
+)  # fmt: skip
+def test_a_judge_that_cannot_be_read_is_told(name, model, url, told):
+    with pytest.raises(tt.TrimtabError, match=re.escape(told)):
+        judge_of(name, model, url)
 
 
 @pytest.mark.slow

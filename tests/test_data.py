@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import types
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -341,6 +342,13 @@ def test_oasst1_takes_both_ends_of_the_direct_replies(tmp_path):
     }  # fmt: skip
     assert {e.prompt for e in examples} == {"text root"}
     assert len(data.read("oasst1", path=path)) == 6
+    assert [e.label for e in data.read("oasst1", path=path, limit=3)] == [1, 0]
+    for limit in (1, 0, -3, 2.0):
+        with pytest.raises(ArtifactError, match=f"limit is .* 2 or more.*, not {limit}"):
+            data.read("oasst1", path=path, limit=limit)
+    one = write(tmp_path, "one.json", [oasst_row("root", None), oasst_row("r", "root", 0.5)])
+    with pytest.raises(ArtifactError, match="one 'en' reply alone has a label 'humor'"):
+        data.read("oasst1", path=one)
     with pytest.raises(ArtifactError, match="label 'wit'.*'humor', 'spam'"):
         data.read("oasst1", path=path, label="wit")
 
@@ -367,6 +375,27 @@ def toxic_rows(n: int = 20) -> list[dict]:
          "jailbreaking": 0, "human_annotation": True}
         for i in range(n) for c in (0, 1)
     ]  # fmt: skip
+
+
+def test_a_limit_draws_whole_prompts_of_both_kinds(tmp_path):
+    """As the original, which shuffles by prompt; but it may split the last one."""
+    rows = [{**row, "is_compliant": i < 60} for i, row in enumerate(toxic_rows(60))]
+    path = write(tmp_path, "x.json", rows)
+    whole = data.read("toxic-completions", path=path)
+    assert {e.label for e in whole[:20]} == {1}  # control: the first rows are of one kind
+    some = data.read("toxic-completions", path=path, limit=21)
+    assert len(some) == 20 and [e for e in whole if e in some] == some
+    assert 5 <= sum(e.label for e in some) <= 15
+    assert set(Counter(e.prompt for e in some).values()) == {2}
+    mixed = write(tmp_path, "y.json", random.Random(1).sample(rows, len(rows)))
+    assert set(data.read("toxic-completions", path=mixed, limit=21)) == set(some)
+    assert data.read("toxic-completions", path=path, limit=500) == whole
+    for limit in (0, 1, -3):
+        with pytest.raises(ArtifactError, match="2 or more"):
+            data.read("toxic-completions", path=path, limit=limit)
+    many = [{**rows[0], "completion": f"c{i}"} for i in range(5)]
+    with pytest.raises(ArtifactError, match="limit=4 is less than the 5 answers of one prompt"):
+        data.read("toxic-completions", path=write(tmp_path, "z.json", many), limit=4)
 
 
 def test_presets_read_files_of_every_format(tmp_path, monkeypatch):
@@ -542,6 +571,14 @@ def test_lint_is_silent_on_a_clean_set():
 )  # fmt: skip
 def test_lint_finds(change, warning):
     assert any(warning in found for found in data.lint([change(e) for e in pairs()]))
+
+
+@pytest.mark.parametrize("check", [data.lint, data.split])
+def test_what_is_no_example_is_told(check):
+    for wrong in (["a"], [pairs()[0], None], [("a", "b")]):
+        with pytest.raises(TrimtabError, match=r"number [01] is no example.*tt.data.read"):
+            check(wrong)
+    check(pairs())  # control
 
 
 def test_lint_takes_nothing():

@@ -19,7 +19,7 @@ import model_zoo
 import tokenizers_zoo
 import trimtab as tt
 from trimtab import remote
-from trimtab.errors import ChatError, TrimtabError
+from trimtab.errors import ArtifactError, ChatError, TrimtabError
 from trimtab.evals import (
     Appropriate,
     Classifier,
@@ -41,6 +41,12 @@ ANSWERS = ["It was fine.", "The sea is wide, and small ships are many on it toda
 def tiny_lm(tokenizer=None, context=1024):
     made = model_zoo.ARCHITECTURES["llama"](max_position_embeddings=context)
     return tt.LM(made, tokenizer or tokenizers_zoo.byte_tokenizer("chatml"))
+
+
+def tiny_probe(lm):
+    rows = [(p, a) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    recording = lm.record(rows, "resid@1:3 answer", show_progress=False)
+    return tt.concepts.fit_recording(recording, [0, 1, 1])
 
 
 def next_logits(lm, text):
@@ -89,6 +95,58 @@ def test_agreement_is_auroc():
     assert agreement(lambda p, a: [0.3] * 60, texts, texts, labels.tolist()) == 0.5
     with pytest.raises(TrimtabError, match="answers of both kinds"):
         agreement(lambda p, a: values, texts, texts, [1] * 60)
+
+
+EMPTY = {
+    "YesNo": lambda lm, probe: YesNo(lm, "Good?", threshold=0.5),
+    "Label": lambda lm, probe: Label(lm),
+    "Reading": lambda lm, probe: Reading(lm, probe),
+    "Endpoint": lambda lm, probe: Endpoint("http://localhost:1/v1", "m", "Good?"),
+    "Classifier": lambda lm, probe: Classifier.fit(GOOD + BAD, [1] * 4 + [0] * 4),
+    "Lexicon": lambda lm, probe: Lexicon(["glad"]),
+    "Overlap": lambda lm, probe: Overlap({}, {}),
+    "Appropriate": lambda lm, probe: Appropriate(Lexicon(["glad"]), lambda prompt: True),
+}
+
+
+@pytest.mark.parametrize("make", EMPTY.values(), ids=EMPTY)
+def test_nothing_to_judge_has_no_scores(make):
+    lm = tiny_lm()
+    judge = make(lm, tiny_probe(lm))
+    found = judge([], [])
+    assert len(found) == 0 and score(judge, [], []).shape == (0,)
+    if not isinstance(judge, Endpoint):  # which gives a list
+        assert found.shape == (0,) and found.dtype == torch.float64
+    if isinstance(judge, YesNo | Label | Reading | Endpoint | Appropriate):
+        with pytest.raises((ValueError, TrimtabError)):  # control: an answer is missing
+            judge(["a"], [])
+
+
+def test_a_judge_has_a_name_to_show():
+    lm = tiny_lm()
+    lm.model.config._name_or_path = "/their/own/models/tiny-135m"
+    probe = tiny_probe(lm).named("joy")
+    secret = "http://me:sk-secret@localhost:1/v1?key=sk-secret"
+    refusal, words = Lexicon.refusal(), Lexicon(["glad", "fun"], ["sad"])
+    humor = "'Is the reply meant to be funny?', 4 examples, above 0.384"
+    names = {
+        YesNo(lm, "Good?"): "YesNo by tiny-135m: 'Good?'",
+        YesNo.preset(lm, "humor"): f"YesNo by tiny-135m: {humor}",
+        Endpoint(secret, "org/qwen", "Good?", api_key="sk-secret"): "Endpoint qwen: 'Good?'",
+        Endpoint(secret, "m", "Mood?", ("glad", "sad")): "Endpoint m, 'glad': 'Mood?'",
+        Endpoint.preset(secret, "org/qwen", "humor"): f"Endpoint qwen: {humor}",
+        Label(lm, ("glad", "sad"), "sad", "Mood?"): "Label 'sad' of glad/sad by tiny-135m: 'Mood?'",
+        Classifier(lambda texts: texts, "joy"): "Classifier <lambda>: 'joy'",
+    }
+    assert {judge.name: name for judge, name in names.items()} == {n: n for n in names.values()}
+    assert len(Label.compliance(lm).name) < 120 and "..." in Label.compliance(lm).name
+    assert Reading(lm, probe).name == "Reading of joy at resid@1:3 answer"
+    assert Reading(lm, probe, [2], "all").name == "Reading of joy at resid@2 all"
+    assert words.name == "Lexicon glad, fun against sad"
+    assert refusal.name.startswith("Lexicon i'm sorry, i am sorry, i apologize and ")
+    assert Overlap({"q": ["a"]}, {"q": ["b"]}).name == "Overlap with the references of 1 prompts"
+    assert Appropriate(words, bool).name == f"Appropriate by {words.name}"
+    assert Classifier.fit(GOOD + BAD, [1] * 4 + [0] * 4).name == "Classifier Pipeline"
 
 
 # ---- judges that ask a language model ------------------------------------------------------------
@@ -250,6 +308,18 @@ def test_reading_is_the_probes_mean_over_the_answer():
     assert not torch.allclose(one, found)
 
 
+def test_a_reading_of_another_models_probe_is_refused_before_it_is_asked():
+    lm = tiny_lm()
+    torch.manual_seed(1)
+    other = tiny_lm()
+    with torch.no_grad():
+        other.model.get_input_embeddings().weight.mul_(2)
+    probe = tiny_probe(lm)
+    with pytest.raises(ArtifactError, match="made for another model"):
+        Reading(other, probe)
+    assert len(Reading(other, probe.untied())(PROMPTS, ANSWERS)) == 3  # control
+
+
 @pytest.mark.slow
 def test_the_real_model_reads_moods(smollm2):
     """The one-word label is no blind judge; a question about something else is one."""
@@ -346,6 +416,40 @@ def test_endpoint_reads_the_word_where_there_are_no_log_probabilities():
     with serve(reply) as (url, seen):
         assert Endpoint(url, "m", "Good?")(PROMPTS, ANSWERS) == [1.0, 0.0, 0.0]
     assert len(seen) == 4  # only the first row asks for what the server does not have
+
+
+def test_an_endpoint_takes_examples_and_a_threshold():
+    def reply(body, number):
+        p = 0.3 if "fine" in body["messages"][-1]["content"] else 0.5
+        return 200, completion("Yes", [{"Yes": p, "No": 1 - p}])
+
+    with serve(reply) as (url, seen):
+        judge = Endpoint.preset(url, "m", "humor", concurrency=1)
+        assert judge(PROMPTS, ANSWERS) == [0.0, 1.0, 1.0]  # around 0.384
+        plain = Endpoint(url, "m", judge.question)  # control: neither of both
+        assert plain(PROMPTS, ANSWERS) == pytest.approx([0.3, 0.5, 0.5])
+        raw = Endpoint.preset(url, "m", "humor", threshold=None)
+        assert raw(PROMPTS, ANSWERS) == pytest.approx([0.3, 0.5, 0.5])
+    turns, bare = seen[0][2]["messages"], seen[3][2]["messages"]
+    _, threshold, shots = judges.PRESETS["humor"]
+    assert judge.threshold == threshold and judge.shots == shots
+    assert [m["role"] for m in turns] == ["user", "assistant"] * 4 + ["user"]
+    assert [m["content"] for m in turns[1::2]] == [label for _, _, label in shots]
+    for turn, (asked, said, _) in zip(turns[::2], shots, strict=False):
+        form = bare[0]["content"].replace(PROMPTS[0], asked).replace(ANSWERS[0], said)
+        assert turn["content"] == form
+    assert len(bare) == 1 and bare[0] == turns[-1]
+    with pytest.raises(TrimtabError, match="'Perhaps'"):
+        Endpoint(url, "m", "Good?", shots=[("a", "b", "Perhaps")])
+    with pytest.raises(TrimtabError, match="humor, creativity, quality"):
+        Endpoint.preset(url, "m", "beauty")
+
+
+def test_what_is_undecided_stays_so_under_a_threshold():
+    with serve(lambda body, n: (200, completion("Yes" if n == 1 else "Hm"))) as (url, _):
+        judge = Endpoint(url, "m", "Good?", concurrency=1, threshold=0.9)
+        with pytest.warns(UserWarning, match="undecided"):
+            assert judge(PROMPTS, ANSWERS) == [1.0, 0.5, 0.5]
 
 
 def test_an_answer_without_a_label_is_undecided_and_told():
@@ -487,6 +591,30 @@ def test_classifier_takes_what_pipelines_and_functions_return():
         assert found.tolist() == pytest.approx(expected)
 
 
+def best_of(texts):
+    """A function that gives each text's best label alone."""
+    return [{"label": "joy" if "glad" in text else "fear", "score": 0.8} for text in texts]
+
+
+def test_a_label_that_no_text_has_scores_zero_where_the_best_alone_is_told():
+    judge = Classifier(best_of, "joy")
+    assert judge(["", ""], ["glad", "bad"]).tolist() == [0.8, 0.0]
+    with pytest.warns(UserWarning, match=r"no text has the label 'joy' here, only \['fear'\]"):
+        assert judge([""], ["bad"]).tolist() == [0.0]
+    nested = Classifier(lambda texts: [[row] for row in best_of(texts)], "joy")
+    with pytest.warns(UserWarning):
+        assert nested([""], ["bad"]).tolist() == [0.0]
+    rows = [[{"label": "joy", "score": 0.8}, {"label": "fear", "score": 0.2}]]
+    with pytest.raises(TrimtabError, match="'anger' is no class"):  # control: here all are told
+        Classifier(lambda texts: rows, "anger")([""], ["a"])
+    two = [*rows, [{"label": "calm", "score": 0.7}, {"label": "fear", "score": 0.2}]]
+    with pytest.warns(UserWarning):
+        assert Classifier(lambda texts: two, "anger")(["", ""], ["a", "b"]).tolist() == [0, 0]
+    for target in (None, 0):  # an index means another label in the next batch
+        with pytest.raises(TrimtabError, match="give its name"):
+            Classifier(best_of, target)(["", ""], ["glad", "bad"])
+
+
 def test_a_transformers_pipeline_is_a_classifier(tmp_path):
     from transformers import LlamaConfig, LlamaForSequenceClassification, pipeline
 
@@ -507,10 +635,21 @@ def test_a_transformers_pipeline_is_a_classifier(tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     read = Classifier.pretrained(str(tmp_path), "fear", device="cpu")
+    assert read.name == f"Classifier {tmp_path.name}: 'fear'"
     torch.testing.assert_close(read(PROMPTS, ANSWERS), found, atol=1e-5, rtol=0)
     assert not torch.allclose(Classifier(read.model, "joy")(PROMPTS, ANSWERS), found, atol=1e-3)
     with pytest.raises(TrimtabError, match="cannot be read as a text classifier"):
         Classifier.pretrained(str(tmp_path / "missing"))
+    for target in ("envy", None):  # told before anything is judged
+        with pytest.raises(TrimtabError, match=rf"{target!r} is no class .*'anger', 'fear', 'joy'"):
+            Classifier.pretrained(str(tmp_path), target, device="cpu")
+
+
+def test_a_language_model_is_no_pretrained_classifier(tmp_path):
+    tiny_lm().model.save_pretrained(tmp_path)
+    tokenizers_zoo.byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(TrimtabError, match="LlamaForCausalLM, no text classifier"):
+        Classifier.pretrained(str(tmp_path), "LABEL_1", device="cpu")
 
 
 def test_lexicon_counts_whole_words():

@@ -36,8 +36,9 @@ COMMANDS = {  # each is a method of Session
 }
 NUMBERS = (
     f"The number: of a concept or a probe it is a dose, such as {DEMO.dose:g}, a fraction of the "
-    "activation's own length at each layer. Of a saved edit it is a factor, and 1 is as saved. "
-    "A negative number steers away, 0 stops this one, and without a number it is as recommended."
+    "activation's own length at each layer; of a probe of heads it is the length that is added. Of "
+    "a saved edit it is a factor, and 1 is as saved. A negative number steers away, 0 stops this "
+    "one, and without a number it is as recommended."
 )
 
 
@@ -207,10 +208,10 @@ def _find(lm: "LM", name: str) -> Any:
 def _steer(lm: "LM", origin: Any, name: str, strength: float | None) -> Steer:
     """A probe steers by a dose, a saved edit by a factor."""
     from trimtab.artifact import check_model
-    from trimtab.concepts import Probe
+    from trimtab.concepts import HeadProbe, Probe
     from trimtab.edits import Edit
 
-    if not isinstance(origin, Probe | Edit):
+    if not isinstance(origin, Probe | HeadProbe | Edit):
         raise TrimtabError(f"{name} is a {type(origin).__name__}, which does not steer")
     check_model(origin.meta, lm.describe())
     if isinstance(origin, Edit):
@@ -218,6 +219,9 @@ def _steer(lm: "LM", origin: Any, name: str, strength: float | None) -> Steer:
         places = ", ".join(dict.fromkeys(str(part.place) for part in origin.parts()))
         about = f"the saved edit at {places}, times {factor:g} (1 is as saved)"
         return Steer(factor, factor * origin, about)
+    if isinstance(origin, HeadProbe):
+        scale = 16.0 if strength is None else strength
+        return Steer(scale, origin.edit(lm, scale), f"a length of {scale:g} at its 16 best heads")
     if origin.guidance is not None:  # tuned: where, and how strongly if nothing else is said
         tuned = origin.guidance if strength is None else {**origin.guidance, "dose": strength}
         made: Edit = origin.edit(**tuned)

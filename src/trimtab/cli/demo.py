@@ -3,6 +3,7 @@
 Knows Trimtab's public calls. Holds the recipe that all commands follow where nothing else is asked.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import ROUNDED
+from rich.box import ROUNDED, SIMPLE
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +20,7 @@ from trimtab.cli.screen import ERR, OUT, accuracies, chart, plain, say, working
 from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
-    from trimtab.concepts import Probe
+    from trimtab.concepts import HeadProbe, Probe
     from trimtab.data import Example
     from trimtab.edits import Edit
     from trimtab.lm import LM
@@ -62,6 +63,10 @@ CONTEXT = (
     "layer. The baseline to beat is to ask for it in the prompt (“Answer happily.”)."
 )
 
+HEADS = "heads@0: answer[:16]"
+OPTIONS = ("label", "concept", "limit", "language", "path", "split", "config", "revision")
+LIKE = "oasst1:label=creativity,limit=512"
+
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="An alias, a hub id, a folder or a .gguf file.")
 ]
@@ -81,7 +86,8 @@ def demo(
     examples = data.read(DEMO.concept)
     probe = learn(lm, examples, DEMO.concept)
     times.append(time.perf_counter())
-    _print_accuracy(probe, examples, held_out=0.2)
+    OUT.print("", chart(probe.meta.scores), sep="\n")
+    OUT.print(Text(_word_floor(examples, held_out=0.2, seed=0), style="dim"))
     edit = edit_of(probe, lm.n_layers)
     print_answers(_answer_thrice(lm, edit))
     times.append(time.perf_counter())
@@ -145,12 +151,35 @@ def _print_saved(model: str, out: Path) -> None:
 
 def fit(
     source: Annotated[
-        str, typer.Argument(help="A built-in set (happiness, humor, ...) or a .jsonl, .json, .csv.")
+        str,
+        typer.Argument(
+            help="A built-in set (happiness, humor, ...), a .jsonl, .json or .csv, or a set of the "
+            f"hub, with options after a colon: {LIKE}."
+        ),
     ],
     model: ModelOption = DEMO.model,
-    place: Annotated[str, typer.Option(help="What to read: site@layers tokens.")] = DEMO.place,
+    place: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What to read: site@layers tokens. By default {DEMO.place}; per head {HEADS}."
+        ),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="mean (their difference), logistic (regression) or pca.")
+    ] = "mean",
+    normalize: Annotated[
+        bool,
+        typer.Option(
+            "--normalize/--no-normalize", help="Centre tokens and bring them to unit length first."
+        ),
+    ] = True,
+    l2: Annotated[float, typer.Option(help="The penalty of logistic regression.")] = 1.0,
+    per_head: Annotated[
+        bool, typer.Option("--per-head", help="A probe of each attention head.")
+    ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Where to save the probe; by default the source's name.")
+        Path | None,
+        typer.Option(help="Where to save the probe; by default the name of source or concept."),
     ] = None,
     held_out: Annotated[
         float, typer.Option(min=0.0, max=0.9, help="Share of the prompts that is only tested on.")
@@ -161,18 +190,64 @@ def fit(
     ] = 0,
 ) -> None:
     """Learn a concept from labelled examples and save the probe."""
-    from trimtab import data
+    from trimtab import concepts, data
+    from trimtab.place import Place
 
-    target = out if out is not None else Path(Path(source).stem)
-    examples = data.read(source, few_shot=few_shot)
+    if method not in concepts.METHODS:
+        raise TrimtabError(f"--method is one of {', '.join(concepts.METHODS)}, not {method!r}")
+    if not 0 < l2 < float("inf"):
+        raise TrimtabError(f"--l2 is a positive number, not {l2:g}; 1 is usual")
+    where = str(Place.parse(place or (HEADS if per_head else DEMO.place)))
+    name, own = named_options(source)
+    target = out or Path(str(own.get("label") or own.get("concept") or Path(name).stem))
+    examples = examples_of(source, few_shot=few_shot)
     check_free(target)
     for warning in data.lint(examples):
         OUT.print(Text.assemble(("warning ", "bold yellow"), plain(warning)))
     lm = load_model(model)
-    probe = learn(lm, examples, target.name, place, held_out=held_out, seed=seed)
-    _print_accuracy(probe, examples, held_out=held_out, seed=seed)
-    probe.save(target)
+    options: dict[str, Any] = {"method": method, "normalize": normalize, "l2": l2}
+    options |= {"held_out": held_out, "seed": seed}
+    if per_head:
+        heads = _learn_heads(lm, examples, target.name, where, **options)
+        OUT.print(_best_heads(heads))
+        heads.save(target)
+    else:
+        probe = learn(lm, examples, target.name, where, **options)
+        OUT.print("", chart(probe.meta.scores), sep="\n")
+        probe.save(target)
+    OUT.print(Text(_word_floor(examples, held_out, seed), style="dim"))
     _print_saved(model, target)
+
+
+def named_options(source: str) -> tuple[str, dict[str, Any]]:
+    """A source's name and its options.
+
+    >>> named_options("oasst1:label=creativity,limit=64")
+    ('oasst1', {'label': 'creativity', 'limit': 64})
+    """
+    name, colon, text = source.partition(":")
+    if not colon or "=" not in text or os.path.exists(source):
+        return source, {}
+    pairs = [part.partition("=") for part in text.split(",")]
+    own: dict[str, Any] = {key.strip(): value.strip() for key, _, value in pairs}
+    if wrong := [key for key in own if key not in OPTIONS or not own[key]]:
+        raise TrimtabError(
+            f"cannot read the option {wrong[0]!r} of {source!r}; write name:option=value,..., such "
+            f"as {LIKE}, with options of {', '.join(OPTIONS)}"
+        )
+    if "limit" in own:
+        if not own["limit"].isdecimal():
+            raise TrimtabError(f"limit is a whole number, not {own['limit']!r} ({source})")
+        own["limit"] = int(own["limit"])
+    return name, own
+
+
+def examples_of(source: str, few_shot: int = 0) -> "list[Example]":
+    """The examples of a source as ``fit`` names it."""
+    from trimtab import data
+
+    name, own = named_options(source)
+    return data.read(name, few_shot=few_shot, **own)
 
 
 def check_free(out: Path) -> None:
@@ -209,17 +284,36 @@ def learn(
     return replace(probe, meta=replace(probe.meta, scores=scores))
 
 
+def _learn_heads(
+    lm: "LM", examples: "Sequence[Example]", name: str, place: str, **options: Any
+) -> "HeadProbe":
+    """Fit a probe of each head."""
+    from trimtab import concepts
+
+    say(f"Learning {name} from {len(examples)} examples at {place}, each head")
+    show = ERR.is_terminal
+    made: HeadProbe = concepts.fit(
+        lm, examples, place, name=name, show_progress=show, per_head=True, **options
+    )
+    return made
+
+
+def _best_heads(probe: "HeadProbe", count: int = 8) -> Table:
+    """The heads that read best on the training prompts."""
+    table = Table(box=SIMPLE, header_style="bold", title="Best heads (tokens read right)")
+    for title in ("layer", "head", "train", "held out"):
+        table.add_column(title, justify="right")
+    for layer, head in probe.best_heads(count):
+        row = probe.layers.index(layer), head
+        parts = (float(values[row]) for values in (probe.accuracy, probe.heldout_accuracy))
+        table.add_row(str(layer), str(head), *("" if v != v else f"{v:.2f}" for v in parts))
+    return table
+
+
 def edit_of(probe: "Probe", n_layers: int, dose: float = DEMO.dose) -> "Edit":
     """The edit by the recipe: at those of the probe's layers in its share, or all if none is."""
     layers = [i for i in probe.layers if i in DEMO.layers_of(n_layers)] or probe.layers
     return probe.edit(dose=dose, layers=layers, tokens=DEMO.tokens)
-
-
-def _print_accuracy(
-    probe: "Probe", examples: "Sequence[Example]", held_out: float, seed: int = 0
-) -> None:
-    OUT.print("", chart(probe.meta.scores), sep="\n")
-    OUT.print(Text(_word_floor(examples, held_out, seed), style="dim"))
 
 
 def _word_floor(examples: "Sequence[Example]", held_out: float, seed: int) -> str:

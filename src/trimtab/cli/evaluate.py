@@ -1,11 +1,12 @@
 """The commands eval sweep and tune: what an edit does and costs, and how strong it should be.
 
-Knows Trimtab's public calls and how a judge is named on the command line.
+Knows Trimtab's public calls.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,22 +15,24 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from trimtab.cli.demo import DEMO, ModelOption, check_free, load_model
+from trimtab.cli.demo import DEMO, ModelOption, check_free, examples_of, load_model
+from trimtab.cli.judging import JUDGES, judge_of
 from trimtab.cli.screen import ERR, OUT, plain, say
 from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
-    from trimtab.concepts import Probe
     from trimtab.edits import Edit
-    from trimtab.evals import Scorer, Setting, Sweep
+    from trimtab.evals import Setting, Sweep
     from trimtab.lm import LM
+
+    Make = Callable[[float], Edit]
 
 app = typer.Typer(no_args_is_help=True, help="Measure what an edit does, beside its baselines.")
 
-JUDGES = (
-    'a question ("Is the reply happy?"), a preset (humor, creativity, quality), '
-    "lexicon:refusal, lexicon:formality, probe:FOLDER, or words:glad,fun/sad,tired"
-)
+# What is swept where nothing else is asked for, by what steers.
+DOSES = "-0.04,-0.03,-0.02,-0.01,0,0.01,0.02,0.03,0.04"
+FACTORS = "-2,-1.5,-1,-0.5,0,0.5,1,1.5,2"
+LENGTHS = "-32,-16,-8,-4,0,4,8,16,32"
 ArtifactArgument = Annotated[Path, typer.Argument(help="A saved probe or edit.")]
 PromptsOption = Annotated[
     Path, typer.Option("--prompts", "-p", help="Prompts: .txt (one a line), .json or .jsonl.")
@@ -40,7 +43,9 @@ JudgeModelOption = Annotated[
 ]
 EndpointOption = Annotated[
     str | None,
-    typer.Option(help="An OpenAI-compatible URL that judges; needs --judge-model."),
+    typer.Option(
+        help="An OpenAI-compatible URL that judges; needs --judge-model. Its key is OPENAI_API_KEY."
+    ),
 ]
 ReferenceOption = Annotated[
     Path | None,
@@ -58,14 +63,26 @@ def sweep(
     prompts: PromptsOption,
     judge: JudgeOption,
     scales: Annotated[
-        str, typer.Option(help="Comma-separated; doses of a probe, factors of an edit.")
-    ] = "-0.04,-0.03,-0.02,-0.01,0,0.01,0.02,0.03,0.04",
+        str | None,
+        typer.Option(
+            help=f"Comma-separated. Doses of a probe, by default {DOSES}; factors of an edit "
+            f"({FACTORS}); lengths of a probe of heads ({LENGTHS})."
+        ),
+    ] = None,
     ask: Annotated[
         str | None, typer.Option(help='The prompt baseline, e.g. "Answer happily."')
     ] = None,
     reference: ReferenceOption = None,
-    tokens: Annotated[str, typer.Option(help="Which tokens a probe steers.")] = "all",
-    top_layers: Annotated[int, typer.Option(help="How many layers a probe steers.")] = 16,
+    tokens: Annotated[
+        str | None,
+        typer.Option(help="Which tokens a probe steers; by default all, or as it was tuned."),
+    ] = None,
+    top_layers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="How many layers a probe steers; by default 16, or as it was tuned."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for all results; resumes there.")] = Path(
         "sweep"
     ),
@@ -81,13 +98,18 @@ def sweep(
     stopped goes on when the same command is given again.
     """
     import trimtab as tt
+    from trimtab.artifact import user_path
 
-    numbers, graded = _numbers(scales), judge_of(judge, judge_model, endpoint)
-    listed = tt.selfcontrol.read_prompts(prompts)
+    out = user_path(out)
+    loaded, listed = tt.load(artifact), tt.selfcontrol.read_prompts(prompts)
+    scales = _usual(loaded) if scales is None else scales
+    numbers = _numbers(scales)
     pairs = None if reference is None else _references(reference, listed)
-    make = _maker(tt.load(artifact), tokens, top_layers)
+    maker = _maker(loaded, tokens, top_layers)
+    graded = judge_of(judge, judge_model, endpoint)
     lm = load_model(model)
     say(f"Sweeping {scales} over {len(listed)} prompts")
+    make = maker(lm)
     found = tt.evals.sweep(
         lm,
         make,
@@ -96,7 +118,7 @@ def sweep(
         graded(lm),
         pairs,
         ask=ask,
-        baselines=_baselines(make(max(numbers, key=abs))),
+        baselines=_baselines(make(max(numbers, key=abs)), ask),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         out=out,
@@ -106,6 +128,8 @@ def sweep(
     found.csv(out / "sweep.csv")
     found.page(out / "sweep.html")
     print_table(found)
+    if ask is None:
+        say('Just asking is left out, the baseline to beat: give --ask "Answer happily."')
     try:
         found.plot(out / "sweep.png")
     except TrimtabError as error:  # the page says the same in numbers
@@ -120,8 +144,23 @@ def tune(
     examples: Annotated[
         str | None,
         typer.Option(
-            help="Examples of the concept (a built-in set or a file): with them each layer may get "
-            "a dose of its own."
+            help="Examples of the concept, named as for fit: with them each layer may get a dose "
+            "of its own."
+        ),
+    ] = None,
+    reference: ReferenceOption = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layers to try, such as 5:22. Can be given several times; by default windows over "
+            "the depth and the best ones."
+        ),
+    ] = None,
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tokens to try, such as answer[:4]. Can be given several times; by default all, "
+            "answer and answer[:4]."
         ),
     ] = None,
     budget: Annotated[int, typer.Option(help="Generated tokens in all.")] = 40_000,
@@ -143,14 +182,20 @@ def tune(
     on when the same command is given again.
     """
     import trimtab as tt
+    from trimtab.artifact import user_path
+    from trimtab.evals.tune import SELECTORS
 
-    target = probe if out is None else out
+    target = user_path(probe if out is None else out)
     check_free(target)
-    graded = judge_of(judge, judge_model, endpoint)
     loaded, listed = tt.load(probe), tt.selfcontrol.read_prompts(prompts)
     if not isinstance(loaded, tt.Probe):
         raise TrimtabError(f"{probe} holds {type(loaded).__name__}; tune a probe (trimtab fit)")
-    labelled = None if examples is None else tt.data.read(examples)
+    choices: list[Any] = [loaded.layers] if not layers else [*layers]
+    for own, some in product(choices, tokens or SELECTORS):
+        loaded.edit(dose=0.01, layers=own, tokens=some)  # says what does not fit
+    pairs = None if reference is None else _references(reference, listed)
+    labelled = None if examples is None else examples_of(examples)
+    graded = judge_of(judge, judge_model, endpoint)
     lm = load_model(model)
     journal = target.with_name(f".{target.name}-tuning.jsonl")
     found = tt.evals.tune(
@@ -158,10 +203,13 @@ def tune(
         loaded,
         listed,
         graded(lm),
+        pairs,
         examples=labelled,
         budget=budget,
         max_ratio=max_ratio,
         max_new_tokens=max_new_tokens,
+        layers=layers or None,
+        tokens=tokens or SELECTORS,
         batch_size=batch_size,
         out=journal,
         show_progress=ERR.is_terminal,
@@ -171,46 +219,6 @@ def tune(
     _print_settings(found.frontier, found.best, found.runner_up, found.baseline)
     OUT.print(Text.assemble("\nSaved to ", (f"{target}/", "bold"), ". Try next:\n"))
     OUT.print(Text(f"  trimtab chat --steer {target}", "bold"))
-
-
-def judge_of(judge: str, judge_model: str | None, endpoint: str | None) -> "Callable[[LM], Scorer]":
-    """The judge of this name (see ``JUDGES``), once the model that is steered is there.
-
-    A name that is none is told at once, before a model is loaded.
-    """
-    import trimtab as tt
-    from trimtab import evals
-
-    kind, _, rest = judge.partition(":")
-    if endpoint is not None:
-        if judge_model is None:
-            raise TrimtabError("--endpoint needs the model's name there: --judge-model NAME")
-        if kind in ("lexicon", "words", "probe") and rest:
-            raise TrimtabError(f"--endpoint asks a question or a preset; {judge!r} needs no server")
-        question = evals.PRESETS[judge][0] if judge in evals.PRESETS else judge
-        return _always(evals.Endpoint(endpoint, judge_model, question))
-    if kind == "lexicon" and rest in ("refusal", "formality"):
-        return _always(getattr(evals.Lexicon, rest)())
-    if kind == "words" and rest:
-        having, _, against = rest.partition("/")
-        return _always(evals.Lexicon(_words(having), _words(against)))
-
-    def judging(lm: "LM") -> "LM":
-        return lm if judge_model is None else load_model(judge_model)
-
-    if kind == "probe" and rest:
-        if not isinstance(probe := tt.load(rest), tt.Probe):
-            raise TrimtabError(f"{rest} holds {type(probe).__name__}, which reads nothing")
-        return lambda lm: evals.Reading(judging(lm), probe)
-    if judge.endswith("?"):
-        return lambda lm: evals.YesNo(judging(lm), judge)
-    if judge in evals.PRESETS:
-        return lambda lm: evals.YesNo.preset(judging(lm), judge)
-    raise TrimtabError(f"no judge {judge!r}; there are: {JUDGES}")
-
-
-def _always(scorer: "Scorer") -> "Callable[[LM], Scorer]":
-    return lambda lm: scorer
 
 
 def _references(file: Path, prompts: list[str]) -> list[tuple[Any, str]]:
@@ -232,37 +240,77 @@ def _references(file: Path, prompts: list[str]) -> list[tuple[Any, str]]:
     return references(found, list(prompts))
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _maker(loaded: Any, tokens: str, top_layers: int) -> "Callable[[float], Edit]":
-    """What turns a scale into an edit: a dose of a probe, a factor of an edit."""
+def _usual(loaded: Any) -> str:
+    """The scales that fit what steers."""
     import trimtab as tt
+    from trimtab.concepts import HeadProbe
 
+    if isinstance(loaded, HeadProbe):
+        return LENGTHS
+    return FACTORS if isinstance(loaded, tt.Edit) else DOSES
+
+
+def _maker(loaded: Any, tokens: str | None, top_layers: int | None) -> "Callable[[LM], Make]":
+    """What turns a scale into an edit, once the model is there: a dose of a probe, a factor."""
+    import trimtab as tt
+    from trimtab.concepts import HeadProbe
+    from trimtab.place import Place
+
+    asked = [*(["--tokens"] if tokens else []), *(["--top-layers"] if top_layers else [])]
+    if tokens is not None:
+        Place("resid", tokens=tokens)  # says what cannot be read
     if isinstance(loaded, tt.Edit):
-        return lambda scale: scale * loaded
+        if asked:
+            raise TrimtabError(
+                f"{' and '.join(asked)} choose where a probe steers; an edit says so itself: leave "
+                "that out, or sweep the probe"
+            )
+        return lambda lm: lambda scale: scale * loaded
+    if isinstance(loaded, HeadProbe):
+        if top_layers is not None:
+            raise TrimtabError(
+                "--top-layers is of a probe of layers; this one steers its 16 best heads: leave it "
+                "out"
+            )
+        return lambda lm: lambda scale: loaded.edit(lm, scale, tokens=tokens or "all")
     if not isinstance(loaded, tt.Probe):
         raise TrimtabError(f"cannot steer by {type(loaded).__name__}; give a probe or an edit")
-    if loaded.guidance is not None:
-        return lambda dose: _with_dose(loaded, dose)
-    return lambda dose: loaded.edit(dose=dose, top_layers=top_layers, tokens=tokens)
+    chosen = _chosen(loaded.guidance, tokens, top_layers)
+    if loaded.guidance is not None and asked:
+        say(f"{' and '.join(asked)} instead of what was tuned")
+
+    def make(dose: float) -> "Edit":
+        return loaded.edit(**{**chosen, "dose": dose})
+
+    make(0.01)  # says what does not fit
+    return lambda lm: make
 
 
-def _baselines(edit: "Edit") -> tuple[str, ...]:
-    """All baselines, without the random direction where the edit has none."""
+def _chosen(
+    tuned: Mapping[str, Any] | None, tokens: str | None, top_layers: int | None
+) -> dict[str, Any]:
+    """Where a probe steers: as asked, else as tuned, without what was tuned for the others."""
+    chosen = {"tokens": "all", "top_layers": 16} if tuned is None else dict(tuned)
+    if tokens is not None:
+        chosen.pop("first", None)
+        chosen["tokens"] = tokens
+    if top_layers is not None:
+        chosen = {k: v for k, v in chosen.items() if k not in ("layers", "weights")}
+        chosen["top_layers"] = top_layers
+    return chosen
+
+
+def _baselines(edit: "Edit", ask: str | None) -> tuple[str, ...]:
+    """All baselines that there are: not every edit has a random direction."""
     from trimtab import evals
 
+    names = [name for name in evals.BASELINES if name != "prompt" or ask is not None]
     try:
         evals.random_like(edit, 0)
     except ValueError as error:
         say(f"No random baseline: {error}")
-        return tuple(name for name in evals.BASELINES if name != "random")
-    return evals.BASELINES
-
-
-def _with_dose(probe: "Probe", dose: float) -> "Edit":
-    return probe.edit(**{**(probe.guidance or {}), "dose": dose})
+        names.remove("random")
+    return tuple(names)
 
 
 def _numbers(text: str) -> list[float]:

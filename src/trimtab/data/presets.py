@@ -3,8 +3,11 @@ row -> Example function each; downloads only through ``datasets``, and only when
 
 import csv
 import os
+import random
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +125,8 @@ def read_oasst1(
 def oasst1_extremes(
     rows: Iterable[Row], label: str, limit: int = 512, language: str = "en"
 ) -> list[Example]:
-    """Messages -> ``limit`` examples, half from each end; ties are broken by message id."""
+    """Messages -> ``limit`` examples at most, half from each end; ties are broken by message id."""
+    _check_limit(limit)
     rows = list(rows)
     for row in rows:
         _check_row(row, ("message_id", "parent_id", "text", "lang"), "OASST1")
@@ -133,6 +137,8 @@ def oasst1_extremes(
     if not scored:
         known = sorted({name for row in replies for name in _grades(row)})
         raise ArtifactError(f"no {language!r} reply has a label {label!r}. Labels: {known}.")
+    if len(scored) < 2:
+        raise ArtifactError(f"one {language!r} reply alone has a label {label!r}; it takes two.")
     scored.sort(key=lambda pair: (pair[0], pair[1]["message_id"]))
     half = min(limit, len(scored)) // 2
     top, bottom = scored[len(scored) - half :], scored[:half]
@@ -155,11 +161,38 @@ def read_toxic_completions(
     concept: str = "compliance",
     limit: int | None = None,
 ) -> list[Example]:
-    """Toxic-completions: ``concept`` is ``"compliance"`` or ``"appropriateness"``."""
+    """Toxic-completions: ``concept`` is ``"compliance"`` or ``"appropriateness"``.
+
+    ``limit``: so many examples at most, of prompts drawn at random, each with all of its answers.
+    """
+    if limit is not None:
+        _check_limit(limit)
     name = "dvruette/toxic-completions"
     rows = hub_rows(name, split or "train") if path is None else file_rows(path)
-    found = (toxic_completion(row, concept) for row in rows)
-    return [example for example in found if example is not None][:limit]
+    found = [e for row in rows if (e := toxic_completion(row, concept)) is not None]
+    return found if limit is None else _whole_prompts(found, limit)
+
+
+def _whole_prompts(examples: list[Example], limit: int) -> list[Example]:
+    """The examples of some prompts, in their order; which ones depends on the prompts alone."""
+    counts = Counter(example.prompt for example in examples)
+    order = sorted(counts)
+    random.Random(0).shuffle(order)
+    taken = list(zip(order, accumulate(counts[prompt] for prompt in order), strict=True))
+    kept = {prompt for prompt, total in taken if total <= limit}
+    if examples and not kept:
+        raise ArtifactError(
+            f"limit={limit} is less than the {counts[order[0]]} answers of one prompt, which stay "
+            "together; give a larger limit."
+        )
+    return [example for example in examples if example.prompt in kept]
+
+
+def _check_limit(limit: int) -> None:
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 2:
+        raise ArtifactError(
+            f"limit is a whole number of 2 or more, for both labels, not {limit!r}."
+        )
 
 
 def toxic_completion(row: Row, concept: str = "compliance") -> Example | None:

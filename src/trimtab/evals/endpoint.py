@@ -12,7 +12,8 @@ from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from trimtab.errors import TrimtabError
-from trimtab.evals.scorers import FORM, prompt_text
+from trimtab.evals.judges import Shot, check_shots, preset, yes_no_name
+from trimtab.evals.scorers import FORM, model_name, prompt_text
 from trimtab.remote import RemoteError, Server, key_of
 
 
@@ -23,8 +24,9 @@ class Endpoint:
     The score is the share of ``labels[0]`` among the labels: by the first token's log-probabilities
     where the server gives them, else 1 or 0 by the word it says. An answer without any label counts
     as undecided, 1 / number of labels, with a warning; TrimtabError where all are like that.
-    Failed requests (timeouts, 429, 5xx) are sent again up to ``retries`` times, waiting longer each
-    time. The key is ``api_key``, else the environment variable OPENAI_API_KEY; it is no field.
+    ``shots`` and ``threshold`` are as of YesNo; what is undecided stays so. Failed requests
+    (timeouts, 429, 5xx) are sent again up to ``retries`` times, waiting longer each time. The key
+    is ``api_key``, else the environment variable OPENAI_API_KEY; it is no field.
 
     >>> judge = Endpoint("http://localhost:8000/v1", "qwen", "Is it funny?")  # doctest: +SKIP
     """
@@ -38,12 +40,15 @@ class Endpoint:
     retries: int = 3
     form: str = field(default=FORM, repr=False)
     api_key: InitVar[str | None] = None
+    shots: Sequence[Shot] = field(default=(), repr=False)
+    threshold: float | None = None
 
     def __post_init__(self, api_key: str | None) -> None:
         if len(set(self.labels)) < 2 or isinstance(self.labels, str):
             raise TrimtabError(f"labels are two words or more, not {self.labels!r}")
         if self.concurrency < 1:
             raise TrimtabError(f"concurrency is 1 or more, not {self.concurrency!r}")
+        check_shots(self.shots, self.labels)
         server = Server(
             self.url,
             self.model,
@@ -53,14 +58,24 @@ class Endpoint:
         )
         object.__setattr__(self, "_server", server)
 
+    @classmethod
+    def preset(cls, url: str, model: str, name: str, **changes: Any) -> "Endpoint":
+        """The judge that ``YesNo.preset`` gives, asked of an endpoint."""
+        question, own = preset(name)
+        return cls(url, model, question, **{**own, **changes})
+
     @property
     def name(self) -> str:
-        """What tells this judge from another; without the url, which may hold a secret."""
-        return f"Endpoint {self.model}: {self.question!r}, {self.labels[0]!r} of {[*self.labels]}"
+        """The judge in a few words, for a report; without the url, which may hold a secret."""
+        who = f"Endpoint {model_name(self.model)}"
+        who += "" if self.labels == ("Yes", "No") else f", {self.labels[0]!r}"
+        return yes_no_name(who, self.question, self.shots, self.threshold)
 
     def __call__(self, prompts: Sequence[Any], answers: Sequence[str]) -> list[float]:
         """The share of the first label, one per row."""
         asked = [self._ask(p, a) for p, a in zip(prompts, answers, strict=True)]
+        if not asked:
+            return []
         first, options = self._first(asked[0])  # alone: it shows what the server takes
         with ThreadPoolExecutor(self.concurrency) as pool:
             server: Server = self._server  # type: ignore[attr-defined]
@@ -70,12 +85,22 @@ class Endpoint:
             except BaseException:  # otherwise the pool would first ask all that are left
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        return self._decided([_share(choice, self.labels) for choice in choices], choices)
+        return self._decided([self._cut(_share(c, self.labels)) for c in choices], choices)
 
     def _ask(self, prompt: Any, answer: str) -> list[dict[str, str]]:
         question = f"{self.question}\nAnswer with one word: {' or '.join(self.labels)}."
-        text = self.form.format(prompt=prompt_text(prompt), answer=answer, question=question)
-        return [{"role": "user", "content": text}]
+        turns: list[dict[str, str]] = []
+        for asked, said, label in [*self.shots, (prompt_text(prompt), answer, "")]:
+            text = self.form.format(prompt=asked, answer=said, question=question)
+            turns.append({"role": "user", "content": text})
+            turns.append({"role": "assistant", "content": label})
+        return turns[:-1]
+
+    def _cut(self, share: float | None) -> float | None:
+        """1 or 0 where there is a threshold."""
+        if share is None or self.threshold is None:
+            return share
+        return float(share > self.threshold)
 
     def _first(self, turns: list[dict[str, str]]) -> tuple[Any, dict[str, Any]]:
         """The first row's choice, and the most informative options that the server took."""

@@ -91,6 +91,11 @@ def prompt_text(prompt: Any) -> str:
     return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages)
 
 
+def model_name(model: str) -> str:
+    """The last part of a model's id or folder: short, and nothing of whose machine it is on."""
+    return model.rstrip("/").rpartition("/")[2] or "a model"
+
+
 def scorer_name(scorer: Any) -> str:
     """What a scorer calls itself: its name, else that of its function or class."""
     own = getattr(scorer, "name", None) or getattr(scorer, "__name__", None)

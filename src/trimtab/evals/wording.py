@@ -4,6 +4,7 @@ Knows prompts and answers as text. Letter: B rows.
 """
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.evals.scorers import Scorer, prompt_text, score
+from trimtab.evals.scorers import Scorer, model_name, prompt_text, score, scorer_name
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,10 @@ class Classifier:
     """A text classifier: the probability of one class for each answer.
 
     ``model`` is a scikit-learn estimator or pipeline whose ``predict_proba`` takes texts, a
-    transformers text-classification pipeline, or a function from texts to numbers [B] or [B, C].
-    ``target`` is the class by its name, else by its index; default: the last of two.
+    transformers text-classification pipeline, or a function from texts to numbers [B] or [B, C], or
+    to dicts of "label" and "score", all of a text's or the best ones. ``target`` is the class by
+    its name, else by its index; default: the last of two. A function that gives the best ones alone
+    needs a name: a text that lacks it scores 0, with a warning where all texts of a call do.
     """
 
     model: Any
@@ -57,7 +60,8 @@ class Classifier:
         """A text-classification model of the hub or of a folder, read by transformers.
 
         For toxicity ``Classifier.pretrained("unitary/toxic-bert", "toxic")``, for the mood of a
-        text one of the emotion classifiers. Only safetensors weights are read. Raises TrimtabError.
+        text one of the emotion classifiers. Only safetensors weights are read. Raises TrimtabError,
+        also for a target that the model lacks.
         """
         from transformers import pipeline
 
@@ -71,30 +75,63 @@ class Classifier:
                 f"{model!r} cannot be read as a text classifier ({error}); give the name of one on "
                 "the hub, or a folder with its weights and its tokenizer"
             ) from None
-        return cls(made, target)
+        config = made.model.config
+        kinds = config.architectures or ["no architecture"]
+        if not any("SequenceClassification" in kind for kind in kinds):
+            raise TrimtabError(
+                f"{model!r} holds {', '.join(kinds)}, no text classifier, and would get random "
+                "weights for one; give another model"
+            )
+        judge = cls(made, target)
+        judge._column(sorted(config.id2label.values()))
+        return judge
+
+    @property
+    def name(self) -> str:
+        """The judge in a few words, for a report."""
+        read = getattr(getattr(self.model, "model", None), "name_or_path", None)  # a pipeline's
+        what = model_name(read) if read else scorer_name(self.model)
+        return f"Classifier {what}" + ("" if self.target is None else f": {self.target!r}")
 
     def __call__(self, prompts: Sequence[Any], answers: Sequence[str]) -> Tensor:
         """The target's probability, [B] float64; prompts are not read."""
         texts = list(answers)
+        if not texts:
+            return torch.zeros(0, dtype=torch.float64)
         if hasattr(self.model, "predict_proba"):
             p = torch.as_tensor(self.model.predict_proba(texts), dtype=torch.float64)
             return p[:, self._column([*self.model.classes_])]
         if getattr(self.model, "task", None) == "text-classification":
-            return self._from_dicts(self.model(texts, top_k=None, truncation=True))
+            return self._from_dicts(self.model(texts, top_k=None, truncation=True), whole=True)
         given = self.model(texts)
         if isinstance(given, list | tuple) and given and isinstance(given[0], list | dict):
             rows = [[row] if isinstance(row, dict) else row for row in given]
-            if isinstance(rows[0][0], dict):
-                return self._from_dicts(rows)
+            if rows[0] and isinstance(rows[0][0], dict):
+                alike = {frozenset(str(entry["label"]) for entry in row) for row in rows}
+                return self._from_dicts(rows, whole=len(alike) == 1 and len(rows[0]) > 1)
         values = torch.as_tensor(given, dtype=torch.float64)
         return values if values.dim() == 1 else values[:, self._column([*range(values.shape[1])])]
 
-    def _from_dicts(self, rows: Sequence[Sequence[Mapping[str, Any]]]) -> Tensor:
-        """The target's score in rows of {"label", "score"}."""
+    def _from_dicts(self, rows: Sequence[Sequence[Mapping[str, Any]]], whole: bool) -> Tensor:
+        """The target's score in rows of {"label", "score"}; ``whole``: every row has all labels."""
         names = sorted({str(entry["label"]) for row in rows for entry in row})
-        name = names[self._column(names)]
+        name = names[self._column(names)] if whole else self._named(names)
         scores = [{str(e["label"]): float(e["score"]) for e in row} for row in rows]
         return torch.tensor([row.get(name, 0.0) for row in scores], dtype=torch.float64)
+
+    def _named(self, seen: Sequence[str]) -> str:
+        """The target among the best labels alone, where its place in their order says nothing."""
+        if not isinstance(self.target, str):
+            raise TrimtabError(
+                f"this classifier gives its best label alone, here {list(seen)}, so target "
+                f"{self.target!r} does not say which it is; give its name"
+            )
+        if self.target not in seen:
+            warnings.warn(
+                f"no text has the label {self.target!r} here, only {list(seen)}: all score 0",
+                stacklevel=4,
+            )
+        return self.target
 
     def _column(self, classes: Sequence[Any]) -> int:
         if self.target in classes:
@@ -140,6 +177,12 @@ class Lexicon:
         """Connectives and Latinate verbs, against contractions, slang and exclamation marks."""
         return cls(FORMAL, INFORMAL, gain=8.0)
 
+    @property
+    def name(self) -> str:
+        """The judge in a few words, for a report."""
+        against = f" against {_some(self.negative)}" if self.negative else ""
+        return f"Lexicon {_some(self.words)}{against}"
+
     def __call__(self, prompts: Sequence[Any], answers: Sequence[str]) -> Tensor:
         """[B] float64; prompts are not read."""
         density = torch.tensor([self._density(a) for a in answers], dtype=torch.float64)
@@ -166,6 +209,12 @@ class Lexicon:
 def _weighted(words: Sequence[str] | Mapping[str, float]) -> dict[str, float]:
     pairs = words.items() if isinstance(words, Mapping) else ((word, 1.0) for word in words)
     return {word.lower().replace("\u2019", "'"): float(weight) for word, weight in pairs}
+
+
+def _some(words: Iterable[str]) -> str:
+    """The first few words of a list, and how many more there are."""
+    first, more = [*words][:3], len([*words]) - 3
+    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
 def _whole(entry: str) -> str:
@@ -204,6 +253,11 @@ class Overlap:
             right[question], wrong[question] = _references(correct), _references(incorrect)
         return cls(right, wrong)
 
+    @property
+    def name(self) -> str:
+        """The judge in a few words, for a report."""
+        return f"Overlap with the references of {len(self.right)} prompts"
+
     def __call__(self, prompts: Sequence[Any], answers: Sequence[str]) -> Tensor:
         """[B] float64. Raises TrimtabError for a prompt without references of both kinds."""
         rows = zip((prompt_text(p) for p in prompts), answers, strict=True)
@@ -241,10 +295,15 @@ class Appropriate:
     complied: Scorer
     harmful: Callable[[Any], bool]
 
+    @property
+    def name(self) -> str:
+        """The judge in a few words, for a report."""
+        return f"Appropriate by {scorer_name(self.complied)}"
+
     def __call__(self, prompts: Sequence[Any], answers: Sequence[str]) -> Tensor:
         """[B] float64: compliance, turned round where the prompt is harmful."""
         complied = score(self.complied, prompts, answers)
-        harmful = torch.tensor([bool(self.harmful(p)) for p in prompts])
+        harmful = torch.tensor([bool(self.harmful(p)) for p in prompts], dtype=torch.bool)
         return torch.where(harmful, 1 - complied, complied)
 
 
