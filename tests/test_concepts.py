@@ -209,10 +209,14 @@ def test_accuracy_is_per_token_then_per_row_then_over_rows():
     np.testing.assert_allclose(probe.heldout_accuracy, per_row[~keep.numpy()].mean(0), atol=1e-6)
 
 
-def test_nothing_held_out_is_no_number():
+def test_nothing_held_out_is_no_number(tmp_path):
     probe = tt.concepts.fit_recording(recorded(made()[0]), made()[1])
     assert bool(torch.isnan(probe.heldout_accuracy).all())
-    assert probe.meta.scores.get("heldout_accuracy") is None
+    some = tt.concepts.fit_recording(recorded(made()[0]), made()[1], held_out=0.2)
+    for kept, known in ((probe, False), (some, True)):  # the latter is the control
+        kept.save(tmp_path / str(known))
+        scores = tt.load(tmp_path / str(known)).meta.scores
+        assert ("heldout_accuracy" in scores) is known and "accuracy" in scores
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -427,6 +431,122 @@ def test_separable_and_silent_layers():
     assert float(probe.weight[1].norm()) < 1e-12
 
 
+def few_distinct(kind, seed):
+    """Tokens [N, D] that are one of two vectors, as those of two words are, and their labels."""
+    random = np.random.default_rng(seed)
+    one, other = random.normal(size=(2, 64)) + 3
+    if kind == "two tokens":
+        return np.stack([one, other]), np.array([1.0, 0.0])
+    y = (np.arange(300) % (10 if kind.startswith("rare") else 2) == 0).astype(float)
+    said = y != (random.random(300) < (0.0 if kind.endswith("own word") else 0.2))
+    if kind == "long":  # whole numbers of which sums are nearly exact, and products are not
+        one = random.integers(-99, 99, size=64) * 100.0
+        other = -one
+    return np.where(said[:, None], one, other), y
+
+
+FEW = ("own word", "rare, own word", "mixed", "rare, mixed", "two tokens", "long")
+
+
+def errors(kind, normalize, seeds=range(4)):
+    """How far these fits are from the optimum, as a share of it, and their accuracy from its."""
+    found = []
+    for seed in seeds:
+        x, y = few_distinct(kind, seed)
+        rec = recorded(list(torch.from_numpy(x).float()[:, None, None]), place="resid@1")
+        probe = tt.concepts.fit_recording(rec, y, "logistic", normalize)
+        held = next(solvers.in_groups(rec, torch.ones(len(y)), unit=normalize)).held[0]
+        _, sizes, turn = np.linalg.svd(held.double().numpy(), full_matrices=False)
+        turn = turn[: int((sizes > 1e-5 * sizes[0]).sum())].T  # the space that tokens lie in
+        inside = held.double().numpy() @ turn
+        size = inside.std()  # taken out, with the penalty, for the oracle's own sake
+        weight, _, fits = optimum(inside[:, None] / size, y, size**-2, bias=not normalize)
+        wanted = weight[0] @ turn.T / size
+        off = np.linalg.norm(probe.weight[0].numpy() - wanted) / np.linalg.norm(wanted)
+        found.append((off, abs(float(probe.accuracy) - fits[0].score(inside / size, y))))
+    return np.array(found).max(0)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("kind", FEW)
+def test_few_distinct_tokens_are_fitted_too(kind, normalize, caplog):
+    off, accuracy = errors(kind, normalize)
+    assert off < 0.01 and accuracy < 1e-6
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("kind", "normalize"), [("two tokens", True), ("two tokens", False), ("long", False)]
+)
+def test_few_distinct_tokens_need_care(kind, normalize, monkeypatch):
+    """The control: steps that differ by rounding alone, and logits that are nowhere put right."""
+    monkeypatch.setattr(solvers, "RIDGE", 1e-3)
+    monkeypatch.setattr(solvers._Logistic, "blur", lambda own: [0.0])
+    assert not errors(kind, normalize)[0] < 0.5  # or no number at all
+
+
+def test_long_tokens_on_a_line_take_float64(monkeypatch, caplog):
+    assert errors("long", False)[0] < 0.01 and not caplog.records
+    monkeypatch.setattr(solvers.Tokens, "in_float64", lambda own: own)  # the control
+    assert errors("long", False)[0] > 1
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("kind", ["rare, mixed", "long"])
+def test_few_distinct_tokens_streamed(kind, normalize, monkeypatch):
+    x, y = few_distinct(kind, 0)
+    rows = list(torch.from_numpy(x).float()[:, None, None])
+    whole = tt.concepts.fit_recording(recorded(rows, place="resid@1"), y, "logistic", normalize)
+    chunked = recorded(rows, 5, place="resid@1")
+    monkeypatch.setattr(solvers, "IN_MEMORY", 100)
+    monkeypatch.setattr(solvers, "BLOCK", 16)
+    streamed, again, other = (
+        tt.concepts.fit_recording(chunked, y, "logistic", normalize, l2=l2)
+        for l2 in (1.0, 1.0, 1e9)
+    )
+    assert torch.equal(streamed.weight, again.weight)
+    assert float(torch.dist(streamed.weight, whole.weight) / whole.weight.norm()) < 0.01
+    assert torch.equal(streamed.accuracy, whole.accuracy)
+    assert float(torch.dist(other.weight, whole.weight) / whole.weight.norm()) > 0.01  # the control
+
+
+def test_ordinary_fits_stay_in_float32(monkeypatch):
+    taken, blurred = [], []
+    wide, blur = solvers.Tokens.in_float64, solvers._Logistic.blur
+    monkeypatch.setattr(solvers.Tokens, "in_float64", lambda own: taken.append(1) or wide(own))
+    monkeypatch.setattr(
+        solvers._Logistic, "blur", lambda own: blurred.append(max(blur(own))) or blurred[-1:]
+    )
+    rows, labels = made(80, signal=0.6, offset=40.0)
+    for normalize in (True, False):
+        tt.concepts.fit_recording(recorded(rows), labels, "logistic", normalize)
+    assert not taken and len(blurred) == 2 and max(blurred) < 1e-4
+    errors("long", False, range(1))
+    assert taken and max(blurred) > 1e-2  # the control
+
+
+def test_accuracy_is_that_of_the_weights(monkeypatch):
+    """Logits that were added up are put right at the end, whatever they were."""
+    rows, labels = made(40, signal=0.4)
+    rec = recorded(rows)
+    run = solvers._Logistic.run
+
+    def spoilt(own, *given):
+        left = run(own, *given)
+        own.state[:, 1, own.logits] *= -1
+        return left
+
+    monkeypatch.setattr(solvers._Logistic, "run", spoilt)
+    probe = tt.concepts.fit_recording(rec, labels, "logistic")
+    token_labels = np.repeat(labels, rec.lengths)
+    right = torch.from_numpy((probe_margin(probe, rows) > 0) == (token_labels == 1)[:, None])
+    wanted = torch.stack([r.double().mean(0) for r in right.split(list(rec.lengths))]).mean(0)
+    torch.testing.assert_close(probe.accuracy, wanted.float())
+    monkeypatch.setattr(solvers._Logistic, "blur", lambda own: [0.0] * len(own.weight))
+    naive = tt.concepts.fit_recording(rec, labels, "logistic")  # the control
+    assert float(naive.accuracy.max()) < 0.5 < float(wanted.min())
+
+
 def test_graded_labels_are_probabilities():
     """Soft targets: each token once as a positive and once as a negative, by its share."""
     rows, _ = made(40)
@@ -584,6 +704,46 @@ def test_the_split_draws_nothing_from_the_global_state():
 def test_labels_that_do_not_fit(labels, told):
     with pytest.raises(PlaceError, match=told):
         tt.concepts.fit_recording(recorded(made(8)[0]), labels)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("method", tt.concepts.METHODS)
+def test_activations_that_are_no_numbers(method, normalize, bad):
+    rows, labels = made(12)
+    options = {"method": method, "normalize": normalize, "held_out": 0.25}
+    tt.concepts.fit_recording(recorded(rows, 3), labels, **options)  # the control
+    keep = tt.concepts.split(range(12), None, 0.25, 0).tolist()
+    told = (
+        r"row {} holds activations that are NaN or infinite at resid, layer 2 \(rows \[{}\], 1 in "
+    )
+    for row in (keep.index(True), keep.index(False)):  # held out or not
+        spoilt = [r.clone() for r in rows]
+        spoilt[row][-1, 1:, 3] = bad
+        with pytest.raises(PlaceError, match=told.format(row, row) + "all.*float32 and record"):
+            tt.concepts.fit_recording(recorded(spoilt, 3), labels, **options)
+
+
+def test_one_prompt_holds_out_nothing(caplog):
+    rows, labels = made(12)
+    told = "held_out=0.2 keeps nothing aside: no second group (prompt)"
+    one = tt.concepts.fit_recording(recorded(rows), labels, held_out=0.2, groups=["a"] * 12)
+    assert told in caplog.text and "give examples of several prompts" in caplog.text
+    assert bool(torch.isnan(one.heldout_accuracy).all())
+    caplog.clear()  # the controls: two prompts, and nothing asked for
+    tt.concepts.fit_recording(recorded(rows), labels, held_out=0.2, groups=["a", *"bbbbbbbbbbb"])
+    tt.concepts.fit_recording(recorded(rows), labels, groups=["a"] * 12)
+    assert not caplog.records
+
+
+def test_a_label_at_the_midpoint_is_negative():
+    """The row of 1 between 0 and 2 is read as negative: right, unless its label is above."""
+    rec = recorded([torch.full((2, 1, D), float(g)) for g in (0, 0, 0, 1, 2)], place="resid@1")
+    below, at, above = (
+        tt.concepts.fit_recording(rec, [0, 0, 0, middle, 4], "logistic", False).accuracy
+        for middle in (1.999, 2.0, 2.001)
+    )
+    assert torch.equal(at, below) and not torch.equal(at, above)
 
 
 def test_options_that_do_not_fit():
@@ -770,6 +930,51 @@ def test_a_layer_without_signal_steers_nowhere():
     probe = fitted()
     flat = replace(probe, weight=probe.weight * torch.tensor([[1.0], [0.0], [1.0]]))
     assert torch.equal(flat.edit().delta[1], torch.zeros(D))
+
+
+def test_a_tuned_probe_is_its_edit_in_arithmetic():
+    from dataclasses import replace
+
+    probe = fitted()
+    tuned = replace(probe, guidance={"layers": [1, 2], "tokens": "answer", "dose": 0.1})
+    own, other = tuned.edit(), tt.Add("resid@3", torch.ones(1, D))
+    read = tt.When(probe, 0.5, tuned)
+    assert torch.equal(read.edit.delta, own.delta) and str(read.place) == "resid@1:3 answer"
+    for made, wanted in [
+        (0.5 * tuned, 0.5 * own),
+        (tuned * np.float32(0.5), 0.5 * own),
+        (np.float32(0.5) * tuned, 0.5 * own),
+        (tuned / 2, own / 2),
+        (-tuned, -own),
+        (tuned + other, own + other),
+        (other + tuned, other + own),
+        (tuned + tuned, own + own),
+        (tuned - other, own - other),
+        (other - tuned, other - own),
+        (sum([tuned, tuned]), own + own),
+        (0.5 * tuned + other, 0.5 * own + other),
+    ]:
+        parts = list(zip(made.parts(), wanted.parts(), strict=True))
+        assert all(a.place == b.place and torch.equal(a.delta, b.delta) for a, b in parts)
+        assert any(not torch.equal(a.delta, own.delta) for a, _ in parts) or len(parts) > 1
+    for use in (  # the control: a probe that was not tuned stands for no edit
+        lambda: 0.5 * probe,
+        lambda: -probe,
+        lambda: probe / 2,
+        lambda: probe + other,
+        lambda: other + probe,
+        lambda: other - probe,
+        lambda: tuned - probe,
+        lambda: sum([probe]),
+        lambda: tt.When(probe, 0.5, probe),
+    ):
+        with pytest.raises(
+            PlaceError, match=r"was not tuned.*give probe.edit\(dose=0.02\), or tune"
+        ):
+            use()
+    for use in (lambda: tuned + 1, lambda: "a" + tuned, lambda: tuned - "a"):
+        with pytest.raises(TypeError):
+            use()
 
 
 # ---- on disk -------------------------------------------------------------------------------------

@@ -126,6 +126,35 @@ def test_the_edit_is_a_shift_of_the_heads(name):
     assert torch.equal(given.delta, edit.delta)
 
 
+def test_keys_and_values_fall_into_their_own_heads():
+    """Two heads of keys for four of queries: all are of one width."""
+    found = {s: fitted("llama", f"{s}@all answer[:4]")[1].weight.shape for s in ("q", "k", "v")}
+    width = model_zoo.HIDDEN // model_zoo.HEADS
+    assert found["q"] == (model_zoo.LAYERS, model_zoo.HEADS, width)
+    assert found["k"] == found["v"] == (model_zoo.LAYERS, 2, width)
+    whole = fitted("gpt2", "heads@all answer[:4]")[1]  # the control: no fewer heads of keys
+    assert whole.weight.shape == (model_zoo.LAYERS, model_zoo.HEADS, width)
+
+
+@pytest.mark.parametrize("site", ["norm", "resid", "attn", "mlp"])
+def test_other_sites_have_no_heads(site):
+    told = f"a site whose width falls into heads, heads, q, k, v, not '{site}'; give a place such"
+    with pytest.raises(PlaceError, match=told):
+        fitted("llama", f"{site}@all answer[:4]")
+    rec, labels = made()
+    other = tt.Recording.from_rows(f"{site}@1,3 answer", rec.rows())
+    with pytest.raises(PlaceError, match=told):
+        tt.concepts.fit_recording(other, labels, per_head=HEADS)
+    tt.concepts.fit_recording(other, labels)  # the controls
+    tt.concepts.fit_recording(rec, labels, per_head=HEADS)
+
+
+def test_the_default_place_has_no_heads():
+    lm = tt.LM(model_zoo.tiny("llama"), tokenizers_zoo.byte_tokenizer("chatml"))
+    with pytest.raises(PlaceError, match="not 'norm'.*heads@all"):
+        tt.concepts.fit(lm, examples(), per_head=True, show_progress=False)
+
+
 def test_what_it_takes():
     rec, labels = made()
     with pytest.raises(PlaceError, match="width of 32 at heads does not fall into 5 heads"):

@@ -140,6 +140,46 @@ class Edit:
         return None
 
 
+class EditLike:
+    """The arithmetic of what stands for an edit, such as a tuned probe: that of its edit."""
+
+    __array_ufunc__ = None
+
+    def as_edit(self) -> Edit:
+        """The edit; raises PlaceError where there is none."""
+        raise NotImplementedError
+
+    def __add__(self, other: "Edit | EditLike") -> Edit:
+        return self.as_edit() + _own(other)
+
+    def __radd__(self, other: Any) -> Edit:
+        made: Edit = other + self.as_edit()
+        return made
+
+    def __sub__(self, other: "Edit | EditLike") -> Edit:
+        return self.as_edit() - _own(other)
+
+    def __rsub__(self, other: Any) -> Edit:
+        made: Edit = other - self.as_edit()
+        return made
+
+    def __mul__(self, factor: float) -> Edit:
+        return self.as_edit() * factor
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Edit:
+        return self.as_edit() / divisor
+
+    def __neg__(self) -> Edit:
+        return -self.as_edit()
+
+
+def _own(edit: Edit | EditLike) -> Edit:
+    """An edit, be it that of something that stands for it."""
+    return edit.as_edit() if isinstance(edit, EditLike) else edit
+
+
 @dataclass(frozen=True, eq=False)
 class Add(Edit):
     """Add a vector: ``x' = x + delta``.
@@ -425,8 +465,9 @@ class When(Edit):
     edit: Edit
 
     def __init__(
-        self, probe: Any, threshold: float, edit: Edit, *, meta: Meta | None = None
+        self, probe: Any, threshold: float, edit: Edit | EditLike, *, meta: Meta | None = None
     ) -> None:
+        edit = _own(edit)
         readout = getattr(probe, "readout", probe)
         if not isinstance(readout, Readout):
             raise PlaceError(f"When takes a probe or a Readout, not {type(probe).__name__}")

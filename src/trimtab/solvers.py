@@ -1,10 +1,12 @@
 """Solvers: a recording's tokens as matrices, and what is solved for them, many layers at once.
 
 Knows tensors and recordings; knows neither concepts nor models. Logistic regressions, a first
-principal component, AUROC. Products are float32, long sums float64.
+principal component, AUROC. Products are float32, or float64 where that is not enough; long sums
+are float64.
 Letters: l layers, N tokens, D width.
 """
 
+import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +22,10 @@ log = logging.getLogger(__name__)
 IN_MEMORY = 2**30  # bytes: the float32 tokens that are kept between passes
 BLOCK = 4096  # tokens that are summed in float32
 ROUNDS, REUSED = 200, 12  # of `logistic`: how long it goes on, and each Hessian serves
+NARROW_ROUNDS, BLURRED = 96, 0.1  # of these in float32; the share of its tolerance left to rounding
 SAMPLE, SHARE, OVER = 256, 32, 4  # tokens of its first Hessian: at least, per N/D, and per D
 FLAT = 4e5  # N/l2 up to which float32 resolves the penalty in a Hessian of unit tokens
-RIDGE = 1e-6  # on a Hessian of unit diagonal: more than float32 sums may lack
+RIDGE = 8.0  # on a Hessian of unit diagonal, in units of rounding: more than its sums may lack
 COMPONENT_ROUNDS = 200
 MUCH = 2**20  # numbers of a matrix
 NARROW = 512  # the width that a processor solves at once
@@ -52,6 +55,7 @@ class Tokens:
         self.recording, self.where, self.device = recording, layers, device
         self.layers, self.width = len(recording.layers[layers]), recording.width
         self.use, self.held, self.unit = use.to(device, torch.float64), None, False
+        self.dtype = torch.float32  # of products
         self.order = order.to(device)
         # Any token has what is common to all, and taking it away first spares rounding and a pass.
         some = next(c.values for c in recording.chunks() if len(c.values))
@@ -72,15 +76,25 @@ class Tokens:
                 self.held /= _length(self.held)
         self.unit = unit
 
+    def in_float64(self) -> "Tokens":
+        """The same tokens, with products in float64: several times slower."""
+        wide = copy.copy(self)
+        wide.dtype = torch.float64
+        return wide
+
+    def lengths(self) -> Tensor:
+        """How long each token's vector is, [l, N]."""
+        return torch.cat([_size(x) for x in self._blocks()], 1)
+
     def times(self, weight: Tensor) -> Tensor:
         """X w, [l, N], for ``weight`` [l, D]."""
-        parts = [_product(x, weight.float()) for x in self._blocks()]
+        parts = [_product(x, weight.to(self.dtype)) for x in self._blocks()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def transposed(self, values: Tensor) -> Tensor:
         """X' v, [l, D] float64, for ``values`` [l, N]."""
         total = torch.zeros(self.layers, self.width, dtype=torch.float64, device=self.device)
-        values, start = values.float(), 0
+        values, start = values.to(self.dtype), 0
         for x in self._blocks():
             total += _product(x.transpose(1, 2), values[:, start : start + x.shape[1]])
             start += x.shape[1]
@@ -92,8 +106,9 @@ class Tokens:
         With ``some`` (their numbers), of these tokens alone.
         Above its diagonal blocks stand zeros: a Cholesky factorisation does not look there.
         """
-        total = torch.zeros(self.layers, self.width, self.width, device=self.device)
-        roots, start = (weights if some is None else weights[:, some]).sqrt().float(), 0
+        shape = (self.layers, self.width, self.width)
+        total = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        roots, start = (weights if some is None else weights[:, some]).sqrt().to(self.dtype), 0
         step = max(64, -(-self.width // 6))
         for x in self._blocks(some):
             here = roots[:, start : start + x.shape[1], None]
@@ -121,11 +136,10 @@ class Tokens:
             if self.held is None:
                 x = x.to(self.device, torch.float32) - self.mean[:, None]
                 x = x / _length(x) if self.unit else x
-            if some is None:
-                yield x
-            else:
+            if some is not None:
                 first, last = torch.searchsorted(some, torch.tensor([start, end]).to(some)).tolist()
-                yield x.index_select(1, some[first:last] - start)
+                x = x.index_select(1, some[first:last] - start)
+            yield x.to(self.dtype)
             start = end
 
     def _read(self) -> Iterator[Tensor]:
@@ -174,7 +188,7 @@ def _product(x: Tensor, values: Tensor) -> Tensor:
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
     """Inner products of all rows of [l, n, D] and [l, m, D]: [l, n, m]."""
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and x.dtype == torch.float32:
         made = [onednn(a, b) for a, b in zip(x, y, strict=True)]
         return torch.stack(made) if len(made) > 1 else made[0][None]
     return torch.bmm(x, y.transpose(1, 2))
@@ -206,39 +220,40 @@ def logistic(
     with_bias: bool,
     start: Tensor | None = None,
     tolerance: float = 0.02,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Logistic regressions of ``targets`` [N] (probabilities) on the tokens in use, one per layer.
 
     Minimises sum crossentropy(target, sigmoid(X w + b)) + l2/2 |w|^2, the same optimum as
-    scikit-learn's with C = 1/l2; the bias is not penalised. Returns w [l, D] and b [l].
+    scikit-learn's with C = 1/l2; the bias is not penalised. Returns w [l, D], b [l] and all tokens'
+    logits X w + b [l, N].
 
     Newton's method where each Hessian serves ``REUSED`` rounds: a round turns the gradient by it,
     and takes one Newton step for the shares of w, that direction, the last one and the bias
     (sequential subspace optimisation, Narkiss & Zibulevsky 2005). The first Hessian is that of
     some tokens, which is enough for most fits; at ``start`` [l, D] = 0 it is the largest there is
     (Böhning & Lindsay 1988). A round costs two passes over the tokens. It ends when the steps to
-    come add up to ``tolerance`` |w| or less.
+    come add up to ``tolerance`` |w| or less. Where float32 cannot tell that, as for few distinct
+    tokens of great length, all begins anew in float64.
     """
     fit = _Logistic(tokens, targets, l2, with_bias, start)
-    pace = [_Pace() for _ in range(tokens.layers)]
-    for turn in range(ROUNDS):
-        if turn % REUSED == 0:
-            newton = _newton(tokens, fit.curvature, l2, first=turn == 0)
-        turned = newton.direction(fit.gradient())
-        lengths = torch.stack([fit.step(turned), _size(turned), _size(fit.weight)], 1).tolist()
-        left = [p.left(*lengths[i]) for i, p in enumerate(pace)]
-        if max(left) <= tolerance:
-            break
-    else:
+    left = fit.run(tolerance, min(ROUNDS, NARROW_ROUNDS))
+    sharp = max(fit.blur()) <= BLURRED * tolerance and max(left) <= tolerance
+    if not sharp and fit.rounds < ROUNDS:
+        rest = ROUNDS - fit.rounds
+        fit = _Logistic(tokens.in_float64(), targets, l2, with_bias, None)
+        left = fit.run(tolerance, rest)
+        fit.blur()
+    if not max(left) <= tolerance:
         log.warning(
             "%d of %d logistic fits had not settled after %d rounds: fit normalised tokens, or "
             "raise l2 (%g)",
-            sum(x > tolerance for x in left),
+            sum(not x <= tolerance for x in left),
             tokens.layers,
             ROUNDS,
             l2,
         )
-    return fit.weight, fit.bias
+    found = fit.state[:, 1].clone()  # so that nothing holds on to the rest
+    return found[:, fit.vector], found[:, 0], found[:, fit.logits]
 
 
 @dataclass
@@ -270,7 +285,8 @@ def _newton(tokens: Tokens, curvature: Tensor, l2: float, *, first: bool) -> "_N
     count = max(SAMPLE, SHARE * many // tokens.width)
     few = tokens.unit and 2 * count <= tokens.width and many < FLAT * l2
     count = count if few else max(count, OVER * tokens.width)
-    some = tokens.sample(count) if first and 3 * count <= 2 * many else None
+    enough = first and 3 * count <= 2 * many and tokens.dtype == torch.float32
+    some = tokens.sample(count) if enough else None
     if some is None:
         return _Newton(tokens, curvature, l2, some)
     return (_Dual if few else _Newton)(tokens, curvature * (many / count), l2, some)
@@ -280,19 +296,35 @@ class _Newton:
     """A Newton direction: (X' diag(curvature) X + l2)^-1 times a gradient, factored once."""
 
     def __init__(self, tokens: Tokens, curvature: Tensor, l2: float, some: Tensor | None) -> None:
-        hessian = tokens.gram(curvature, some)
+        hessian, self.l2 = tokens.gram(curvature, some), l2
         hessian.diagonal(dim1=1, dim2=2).add_(l2)
         self.scale = hessian.diagonal(dim1=1, dim2=2).rsqrt()  # makes rounding alike everywhere
         hessian *= self.scale[:, :, None] * self.scale[:, None]
-        hessian.diagonal(dim1=1, dim2=2).add_(RIDGE)
+        self.ridge = RIDGE * torch.finfo(hessian.dtype).eps
+        hessian.diagonal(dim1=1, dim2=2).add_(self.ridge)
         self.factor, failed = torch.linalg.cholesky_ex(hessian)
-        if bool(failed.any()):
-            self.factor = torch.linalg.cholesky(hessian.double()).float()
+        while bool(failed.any()) and self.ridge < 1:  # few distinct tokens: their sums lack more
+            hessian.diagonal(dim1=1, dim2=2).add_(self.ridge * (failed > 0)[:, None])
+            self.factor, failed = torch.linalg.cholesky_ex(hessian)
+            self.ridge *= 2
 
     def direction(self, gradient: Tensor) -> Tensor:
         """For ``gradient`` [l, D]."""
-        scaled = (self.scale * gradient).float()[..., None]
+        scaled = (self.scale * gradient).to(self.factor.dtype)[..., None]
         return self.scale * torch.cholesky_solve(scaled, self.factor)[..., 0]
+
+    def reach(self, error: Tensor) -> Tensor:
+        """How far an error of length ``error`` [l] in a gradient, of any direction, turns out, [l].
+
+        Where the ridge hides how flat the loss is: as far as the penalty lets it.
+        """
+        random = _random(self.scale) / self.scale
+        turned = _size(self.direction(random * (error / _size(random))[:, None]))
+        flat = _random(self.scale)[..., None]
+        for _ in range(4):
+            flat = torch.cholesky_solve(flat / _size(flat[..., 0])[:, None, None], self.factor)
+        hidden = _size(flat[..., 0]) > 1 / (4 * self.ridge)
+        return torch.where(hidden, error / self.l2, turned)
 
 
 class _Dual:
@@ -309,6 +341,11 @@ class _Dual:
         """For ``gradient`` [l, D]."""
         inner = torch.cholesky_solve(_product(self.rows, gradient.float())[..., None], self.factor)
         return (gradient - _product(self.rows.transpose(1, 2), inner[..., 0])) / self.l2
+
+    def reach(self, error: Tensor) -> Tensor:
+        """The same as of a `_Newton`."""
+        random = _random(self.rows[:, 0])
+        return _size(self.direction(random * (error / _size(random))[:, None]))
 
 
 class _Logistic:
@@ -337,6 +374,38 @@ class _Logistic:
         self.curvature = self.curve[:, self.logits]  # of the loss by each token's logit, [l, N]
         self._move(self.state[:, 1])
 
+    def run(self, tolerance: float, rounds: int) -> list[float]:
+        """Takes steps until those to come add up to ``tolerance`` |w|; what is left, [l]."""
+        pace, left = [_Pace() for _ in self.weight], []
+        for self.rounds in range(1, rounds + 1):
+            if (self.rounds - 1) % REUSED == 0:
+                first = self.rounds == 1
+                self.newton = _newton(self.tokens, self.curvature, self.l2, first=first)
+            turned = self.newton.direction(self.gradient())
+            lengths = torch.stack([self.step(turned), _size(turned), _size(self.weight)], 1)
+            left = [p.left(*own) for p, own in zip(pace, lengths.tolist(), strict=True)]
+            if max(left) <= tolerance:
+                break
+        return left
+
+    def blur(self) -> list[float]:
+        """What rounding may have done to the weights, beside |w|, [l].
+
+        The logits were added up from those of all steps: here they become those of the weights, and
+        what they were off counts. So does the rounding of a gradient, which 1/l2 makes larger.
+        """
+        own = self.tokens.times(self.weight).double() + self.bias[:, None]
+        kept = self.state[:, 1, self.logits]
+        off = _size(self.tokens.use * (own - kept)) / (_size(self.tokens.use * own) + TINY)
+        kept.copy_(own)
+        self._move(self.state[:, 1])
+        pull = self.slope[:, self.logits]
+        pull = pull if self.tokens.unit else pull * self.tokens.lengths()
+        rounding = torch.finfo(self.tokens.dtype).eps / 2 * _size(pull)
+        turned = self.newton.reach(rounding) / (_size(self.weight) + TINY)
+        found: list[float] = torch.maximum(off, turned).tolist()
+        return found
+
     def gradient(self) -> Tensor:
         """By the weights, [l, D]."""
         own: Tensor = self.slope[:, self.vector]
@@ -353,7 +422,8 @@ class _Logistic:
         hessian = torch.bmm(self.state * self.curve[:, None], turned)
         scale = (hessian.diagonal(dim1=1, dim2=2) + TINY).rsqrt()
         hessian = hessian * scale[:, :, None] * scale[:, None]
-        hessian.diagonal(dim1=1, dim2=2).add_(1e-10)  # what is not there, stays at 0
+        # What is not there stays at 0, and so does what differs from the others by rounding alone.
+        hessian.diagonal(dim1=1, dim2=2).add_(RIDGE * torch.finfo(self.tokens.dtype).eps)
         slope = scale * _times(self.state, self.slope)
         newton = scale * torch.linalg.solve_ex(hessian, slope)[0]
         for _ in range(30):
@@ -383,6 +453,15 @@ def _times(matrix: Tensor, vector: Tensor) -> Tensor:
     """Products of matrices [l, n, m] and vectors [l, m]: [l, n]."""
     product: Tensor = torch.bmm(matrix, vector[..., None])[..., 0]
     return product
+
+
+def _random(like: Tensor) -> Tensor:
+    """Always the same random numbers, in the form of ``like``."""
+    return (
+        torch.randn(like.shape[-1], generator=torch.Generator().manual_seed(0))
+        .to(like)
+        .expand(like.shape)
+    )
 
 
 def _size(x: Tensor) -> Tensor:

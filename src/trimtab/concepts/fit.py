@@ -3,6 +3,7 @@
 Knows recordings, labels and solvers; knows no text. Letters: L layers, D width, N tokens, B rows.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trimtab.artifact import Meta
-from trimtab.concepts.heads import HeadProbe, by_head
+from trimtab.concepts.heads import HeadProbe, by_head, head_count
 from trimtab.concepts.probe import Probe
 from trimtab.errors import PlaceError
 from trimtab.lm import LM
@@ -27,8 +28,11 @@ from trimtab.solvers import (
     token_rows,
 )
 
+log = logging.getLogger(__name__)
+
 Method = Literal["mean", "logistic", "pca"]
 METHODS = ("mean", "logistic", "pca")
+HUGE = 1e18  # whose square is infinite in float32
 
 
 class _FitOptions(TypedDict, total=False):
@@ -93,7 +97,8 @@ def fit(
 
     Records the examples at ``place`` and fits one probe per layer. A fraction ``held_out`` of the
     *prompts* is kept aside for ``heldout_accuracy`` and ``heldout_auroc``. ``per_head`` (at site
-    "heads") takes the number of heads from the model's config. For the rest see ``fit_recording``.
+    "heads"; to read only, at "q", "k" and "v") takes the number of heads from the model's config.
+    For the rest see ``fit_recording``.
     """
     examples = list(examples)
     if wrong := [e for e in examples if not hasattr(e, "label") or not hasattr(e, "prompt")]:
@@ -104,6 +109,7 @@ def fit(
     labels = [float(e.label) for e in examples]
     _signed(labels, len(labels))  # these two raise before the work of recording
     _check_options(method, l2)
+    n_heads = head_count(lm, Place.parse(place).site) if per_head else None
     recording = lm.record(examples, place, batch_size=batch_size, show_progress=show_progress)
     options: _RecordingOptions = {
         "l2": l2,
@@ -112,7 +118,6 @@ def fit(
         "seed": seed,
         "device": lm.device if lm.device.type == "cuda" else "cpu",
     }
-    n_heads = lm.text_config.num_attention_heads if per_head else None
     flat = _fit(recording, labels, method, normalize, n_heads, **options)
     made_by = flat.meta.made_by | {"examples": len(examples)}
     flat = replace(flat, meta=Meta(name, lm.describe(), made_by, flat.meta.scores))
@@ -167,9 +172,13 @@ def fit_recording(
     the fits "mean" and "logistic" have a bias only where tokens are not centred; "pca" always has.
 
     Rows of one group (by default each its own) lie on one side of the split; rows without a token
-    teach nothing. Sums run on ``device`` (default: where the recording lies); what is larger than
-    memory is read again for each pass. ``per_head``: that many heads share the width (of site
-    "heads"), and each gets its own probe. Raises PlaceError for labels that do not fit.
+    teach nothing. Where accuracy and AUROC need two classes, a row is positive if its label lies
+    above the midpoint of the lowest and the highest; right at it, it is negative.
+
+    Sums run on ``device`` (default: where the recording lies); what is larger than memory is read
+    again for each pass. ``per_head``: that many heads share the width (of site "heads", "q", "k" or
+    "v"), and each gets its own probe. Raises PlaceError for labels that do not fit and for
+    activations that are NaN or infinite.
     """
     return _headed(
         _fit(recording, labels, method, normalize, per_head, **options), recording, per_head
@@ -197,6 +206,7 @@ def _fit(
     device: str | torch.device | None = None,
 ) -> Probe:
     """The probe of each layer, or of each head of each layer, as if they were layers."""
+    whole = recording
     recording = recording if n_heads is None else by_head(recording, n_heads)
     _check_options(method, l2)
     y = _signed(labels, len(recording))
@@ -211,9 +221,17 @@ def _fit(
             f"the training rows hold one class only ({int(keep.sum())} of {len(y)} rows, "
             f"held_out={held_out}); give more examples of both labels"
         )
+    if held_out and not bool(aside.any()):
+        log.warning(
+            "held_out=%g keeps nothing aside: no second group (prompt) has rows with tokens; give "
+            "examples of several prompts, or held_out=0",
+            held_out,
+        )
     task = _Task(y, keep, token_rows(recording), method, normalize, l2, seed, n_heads is None)
     fits: list[tuple[Tensor, ...]] = []
     for tokens in in_groups(recording, task.use, unit=normalize, device=device):
+        if not bool(torch.isfinite(tokens.mean).all()):
+            raise PlaceError(_told_not_finite(whole))
         fits.append(task.fit(tokens, fits[-1][0] if fits else None))
     weight, gain, bias, mean = (torch.cat([f[i] for f in fits]).float() for i in range(4))
     margins = torch.cat([f[4] for f in fits], 1)  # [N, L]
@@ -238,7 +256,8 @@ def _fit(
 def split(groups: Sequence[Any], labels: Tensor, held_out: float, seed: int) -> Tensor:
     """Which rows are for training, [B] bool: whole groups, about ``1 - held_out`` of them.
 
-    Where anything is to be held out, one group of several is.
+    Where anything is to be held out, one group of several is. By groups and seed alone: ``labels``
+    do not matter, so that whoever compares with a probe has its split, whatever the labels.
     """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out is a fraction in [0, 1), not {held_out!r}")
@@ -274,15 +293,14 @@ class _Task:
         """
         gain, mean = torch.ones(tokens.layers, dtype=torch.float64), tokens.mean.cpu()
         if self.method == "logistic":
-            weight, bias = self._logistic(tokens, before)
+            weight, bias, margins = self._logistic(tokens, before)
         else:
             weight = self._pca(tokens) if self.method == "pca" else self._mean(tokens)
-        scores, weight = tokens.times(weight).double().cpu().T, weight.cpu()  # [N, l]
-        if self.method != "logistic":
+            scores, weight = tokens.times(weight).double().cpu().T, weight.cpu()  # [N, l]
             train, y = self.use > 0, self.labels[self.rows]
             with_bias = self.method == "pca" or not self.normalize
             gain, bias = logistic_1d(scores[train], y[train], with_bias=with_bias, l2=self.l2)
-        margins = scores * gain + bias
+            margins = scores * gain + bias
         if not self.normalize:  # the tokens were centred here, but are not where the probe reads
             bias = bias - gain * (weight * mean).sum(-1)
         return weight, gain, bias, mean, margins
@@ -295,17 +313,17 @@ class _Task:
         length: Tensor = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
         return weight / length.clamp_min(1e-30)
 
-    def _logistic(self, tokens: Tokens, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _logistic(self, tokens: Tokens, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         targets = (self.labels[self.rows] + 1) / 2
         near = before is not None and self.normalize and self.alike
-        weight, bias = logistic(
+        weight, bias, logits = logistic(
             tokens,
             targets,
             l2=self.l2,
             with_bias=not self.normalize,
             start=before[-1:].expand(tokens.layers, -1) if before is not None and near else None,
         )
-        return weight, bias.cpu()
+        return weight.cpu(), bias.cpu(), logits.cpu().T
 
     def _pca(self, tokens: Tokens) -> Tensor:
         """The first component of differences of random pairs, turned towards the positives.
@@ -348,6 +366,22 @@ def _signed(labels: Sequence[float] | Tensor, n_rows: int) -> Tensor:
             f"{list(dict.fromkeys(y.tolist()))[:8]}; give examples of both"
         )
     return 2 * (y - low) / (high - low) - 1
+
+
+def _told_not_finite(recording: Recording) -> str:
+    """Which rows hold activations that are NaN or infinite, and the first row's first layer."""
+    found: dict[int, int] = {}
+    for chunk in recording.chunks():
+        bad = ~(chunk.values.float().abs() < HUGE).all(-1)  # [N, L]
+        for row, part in zip(chunk.index, bad.split(list(chunk.lengths)), strict=True):
+            if bool(part.any()):
+                found[row] = recording.layers[int(part.any(0).int().argmax())]
+    rows = sorted(found)
+    return (
+        f"row {rows[0]} holds activations that are NaN or infinite at {recording.place.site}, "
+        f"layer {found[rows[0]]} (rows {rows[:8]}, {len(rows)} in all); float16 may have "
+        "overflowed: load the model in bfloat16 or float32 and record again in one of them"
+    )
 
 
 def _row_means(values: Tensor, rows: Tensor, n_rows: int) -> Tensor:

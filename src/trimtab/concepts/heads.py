@@ -130,8 +130,28 @@ class HeadProbe:
         return values.reshape(len(self.layers), self.n_heads, *values.shape[1:])
 
 
+HEAD_SITES = ("heads", "q", "k", "v")
+
+
+def head_count(lm: LM, site: str) -> int:
+    """How many heads share the width of a site; keys and values may have fewer than queries."""
+    _check_site(site)
+    config = lm.text_config
+    count: int = config.num_attention_heads
+    return (getattr(config, "num_key_value_heads", None) or count) if site in "kv" else count
+
+
+def _check_site(site: str) -> None:
+    if site not in HEAD_SITES:
+        raise PlaceError(
+            f"per_head takes a site whose width falls into heads, {', '.join(HEAD_SITES)}, not "
+            f'{site!r}; give a place such as "heads@all answer[:16]", or leave out per_head'
+        )
+
+
 def by_head(recording: Recording, n_heads: int) -> Recording:
     """The same tokens with each head as a layer of its own: rows [T_i, L H, d] (views)."""
+    _check_site(recording.place.site)
     if n_heads < 1 or recording.width % n_heads:
         raise PlaceError(
             f"a width of {recording.width} at {recording.place.site} does not fall into {n_heads} "

@@ -21,7 +21,7 @@ from trimtab.artifact import (
     register_foreign,
     save,
 )
-from trimtab.edits import Add, Edit, Readout, wide
+from trimtab.edits import Add, Edit, EditLike, Readout, wide
 from trimtab.errors import ArtifactError, PlaceError
 from trimtab.place import SPANS, LayerSpec, Place, TokenSpec
 from trimtab.recording import Recording
@@ -31,7 +31,7 @@ PARTS = ("weight", "gain", "bias", *SCORES)
 
 
 @dataclass(frozen=True, eq=False)
-class Probe:
+class Probe(EditLike):
     """A concept's direction at each layer of a place, and how well it reads there.
 
     ``weight`` [L, D], ``gain`` and ``bias`` [L]: the probability of the concept at a token x is
@@ -39,7 +39,8 @@ class Probe:
     to unit length. ``accuracy`` and ``heldout_accuracy`` [L]: the fraction of tokens read right,
     averaged per row, then over rows. ``heldout_auroc`` [L]: how often ``predict`` ranks a held-out
     positive row above a negative one. NaN where nothing was held out. ``guidance`` holds the
-    arguments of ``edit`` that tuning chose (``tt.evals.tune``), if it was tuned.
+    arguments of ``edit`` that tuning chose (``tt.evals.tune``), if it was tuned: then the probe
+    stands for that edit, also in arithmetic (``0.5 * humor + calm``).
     """
 
     place: Place

@@ -29,8 +29,10 @@ def lint(examples: Sequence[Example]) -> list[str]:
 
     Checks: no examples or one class only, class imbalance, empty completions, duplicates, labels
     outside 0 … 1, a word that alone tells the classes apart, a difference in length, prompts that
-    occur with one label only. An empty list means that none of these was found.
+    occur with one label only. An empty list means that none of these was found. Raises TrimtabError
+    for what is no example.
     """
+    _check_examples(examples)
     present = [example for example in examples if is_present(example)]
     absent = [example for example in examples if not is_present(example)]
     if not (present and absent):
@@ -39,6 +41,15 @@ def lint(examples: Sequence[Example]) -> list[str]:
             "present): a probe needs both."
         ]
     return [*_lint_rows(examples), *(w for check in CHECKS for w in check(present, absent))]
+
+
+def _check_examples(examples: Sequence[Example]) -> None:
+    for number, example in enumerate(examples):
+        if not hasattr(example, "completion") or not hasattr(example, "label"):
+            raise TrimtabError(
+                f"number {number} is no example with prompt, completion and label, but "
+                f"{type(example).__name__} {example!r:.60}; read examples with tt.data.read"
+            )
 
 
 def _lint_rows(examples: Sequence[Example]) -> Iterator[str]:
@@ -154,6 +165,7 @@ def split(
     """
     if not 0 <= held_out < 1:
         raise TrimtabError(f"held_out is {held_out}; it must be at least 0 and below 1.")
+    _check_examples(examples)
     groups: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
         groups[_group(example)].append(example)
