@@ -20,6 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from trimtab import stems
 from trimtab.cache import growing
 from trimtab.chat import Batch
 from trimtab.taps import Call
@@ -110,7 +111,8 @@ class Eager:
         self.call, self.mask = call, batch.mask
         self.next = batch.lengths  # the position of the next token
         self.cache: Any = growing(self.lm.text_config)
-        return self._run(batch.ids, batch.positions)
+        seen = stems.begin(self.lm, batch, call, self.cache)
+        return self._run(batch.ids[:, seen:], batch.positions[:, seen:])
 
     def step(self, tokens: Tensor) -> Tensor:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
