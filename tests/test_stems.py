@@ -8,7 +8,7 @@ import tokenizers_zoo
 import trimtab as tt
 from trimtab import stems
 from trimtab.cache import growing
-from trimtab.stems import Stems, begin
+from trimtab.stems import begin
 
 L, D = model_zoo.LAYERS, model_zoo.HIDDEN
 HEAD = [7, 300, 21, 45, 8, 90, 33, 12]
@@ -81,50 +81,44 @@ def test_edits_act_in_stems_as_without(tokens, edits):
 
 
 def kinds(edits, rows=ROWS, prompt_len=None):
-    lm = lm_of()
+    """How long the stems are, and how many rows each has."""
     batch = batch_of(rows, prompt_len)
-    found = Stems.of(batch, lm._call(batch, edits))
-    return None if found is None else (found.length, found.member.tolist(), len(found.steps))
+    ids, member = stems.stems(batch, lm_of()._call(batch, edits))
+    return ids.shape[1], torch.bincount(member).tolist()
 
 
-def test_rows_share_a_stem_that_begin_alike_under_the_same_edits():
-    a, b = add("all", 1), add("all", 2)
-    assert kinds(None) == (8, [0, 0, 0, 0], 0)
-    assert kinds(a) == (8, [0, 0, 0, 0], 1)
-    assert kinds([a, a, None, None]) == (8, [0, 0, 1, 1], 1)
-    assert kinds([a, b, a, b]) == (8, [0, 1, 0, 1], 1)
-    # The same numbers are the same edit, whoever holds them; other numbers or layers are another.
-    assert kinds([a, add("all", 1), b, b]) == (8, [0, 0, 1, 1], 1)
-    assert kinds([add("all", 1, 0), add("all", 1, 1), None, None]) is None  # three kinds of four
-    assert kinds([add("answer", i) for i in range(4)]) == (8, [0, 0, 0, 0], 0)
-    # Where it acts counts, too: at the last prompt tokens of rows of other lengths.
-    assert kinds([add("all[2:5]", 1), add("all[2:5]", 1), add("all[3:5]", 1), None]) is None
+def test_stems_end_where_an_edit_begins():
+    assert kinds(None) == (8, [4])
+    assert kinds([add("answer", i) for i in range(4)]) == (8, [4])
+    assert kinds([add("all[6:]"), None, None, None]) == (6, [4])
+    assert kinds(add("[7, 9]")) == (7, [4])
+    assert kinds(0.0 * add("all")) == (8, [4])
+    assert kinds([None, None, None, add("all")])[0] == kinds(add("all"))[0] == 0
 
 
 def test_rows_without_much_alike_have_no_stems():
     other = [[9 + i, *row[1:]] for i, row in enumerate(ROWS)]
-    assert kinds(None, other) is None
-    assert kinds([add("all", i) for i in range(4)]) is None
-    assert kinds(None, ROWS[:1]) is None
+    assert kinds(None, other)[0] == kinds(None, ROWS[:1])[0] == 0
     long = [row + list(range(i, i + 60)) for i, row in enumerate(ROWS)]
-    assert kinds(None, long) is None  # eight tokens of seventy are not worth a pass
+    assert kinds(None, long)[0] == 0  # eight tokens of seventy are not worth a pass
 
 
 def test_whole_prompts_are_stems_where_they_stand_several_times():
     rows = [[5 + i // 4, *HEAD, *range(20, 30)] for i in range(8)]
-    assert kinds(None, rows) == (18, [0] * 4 + [1] * 4, 0)
-    assert kinds([add("answer", i) for i in range(8)], rows) == (18, [0] * 4 + [1] * 4, 0)
+    assert kinds(None, rows) == (18, [4, 4])
+    assert kinds([add("answer", i) for i in range(8)], rows) == (18, [4, 4])
 
 
 def test_what_reads_or_hangs_on_a_reading_has_no_stems():
     lm, batch = lm_of(), batch_of()
     call = lm._call(batch, None)
+    assert stems.stems(batch, call)[0].shape[1] == 8
     lm._add_reader(call, tt.Place("resid@0"), [len(r) for r in ROWS], [len(r) for r in ROWS])
-    assert Stems.of(batch, call) is None
     readout = tt.edits.Readout("resid@0", noise(1, D), torch.ones(1), torch.zeros(1))
-    assert Stems.of(batch, lm._call(batch, tt.When(readout, 0.5, add("answer", 1, 1)))) is None
+    gated = lm._call(batch, tt.When(readout, 0.5, add("answer", 1, 1)))
     right = tt.Batch(batch.ids.flip(1), batch.mask.flip(1))
-    assert Stems.of(right, lm._call(right, None)) is None
+    for one, of in ((batch, call), (batch, gated), (right, lm._call(right, None))):
+        assert stems.stems(one, of)[0].shape[1] == 0
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
