@@ -269,6 +269,7 @@ def emotion(name: str, lm: tt.LM, embed: Embedder) -> Concept:
     flat = [(t, e) for e in EMOTIONS for t in judged[e]]
     flat += [(t, "none") for t in lm.generate(spare, None, TOKENS) if t.strip()]
     judge, agreement = judge_of(embed, [t for t, _ in flat], [e for _, e in flat], name)
+    judge.name = f"embedding classifier of {name}, other emotions and none"  # type: ignore[attr-defined]
     feeling = {"happiness": "happy", "anger": "angry", "fear": "afraid", "sadness": "sad"}[name]
     ask = f"Answer as if you were {feeling}."
     return Concept(name, examples, judge, agreement, prompts, held_out, ask)

