@@ -160,7 +160,7 @@ def tune(
         list[str] | None,
         typer.Option(
             help="Tokens to try, such as answer[:4]. Can be given several times; by default all, "
-            "answer and answer[:4]."
+            "answer, answer[:4] and answer[:1]."
         ),
     ] = None,
     budget: Annotated[int, typer.Option(help="Generated tokens in all.")] = 40_000,

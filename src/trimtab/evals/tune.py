@@ -47,10 +47,11 @@ SMALLER = (2 / 3, 1 / 3)  # of the dose of the best setting: what a lower price 
 MAX_REPETITION = 0.15  # more than without the edit: text that goes round in circles
 
 # An answer goes on as it begins, and the bound is on the mean over an answer: its first few tokens
-# take a much larger dose. Where a part e1 of an effect is to be had of them and e2 of all others,
-# at costs that grow as the square of the dose, both together give (e1^2 + e2^2)^(1/2).
+# take a much larger dose, and the first alone (a refusal, a list, a yes) the largest. Where a part
+# e1 of an effect is to be had of them and e2 of all others, at costs that grow as the square of the
+# dose, both together give (e1^2 + e2^2)^(1/2).
 FIRST = (4, 4.0)  # so many of them, at so many times the dose
-SELECTORS = ("all", "answer", "answer[:4]")
+SELECTORS = ("all", "answer", "answer[:4]", "answer[:1]")
 
 Pairs = list[tuple[Any, str]]
 
