@@ -252,19 +252,18 @@ HEAD = """\
 Made by `python benchmarks/concepts.py`. Each number is a mean over prompts; the judge never saw the
 texts that the probes were fitted on, and its AUROC on labelled texts says how far to trust it.
 "Words" is a bag of words on the same split: a probe below it shows nothing. Effects are those of
-the largest dose with a perplexity ratio of at most 1.25 on plain answers.
+the largest dose with a perplexity ratio of at most 1.25 on plain answers (without an interval: of
+the best of six doses in that bound).
 """
 
 
 CAUTION = """
 **Read the answers before you believe a gain.** A search finds what its judge is blind to. Anger's
-is such a one: with the first 4 tokens of layers 15-29 at the bound, 40 % of 144 answers apologise
-or speak as a chatbot ("I'm sorry for any misunderstanding, but as a chatbot ..."), beside 16 %
-without an edit and 19 % by the 16 layers. The judge, fitted on scenes of four emotions, takes these
-for anger (0.65); the other answers are no angrier than by the 16 layers (0.18 and 0.19). A judge
-with a fifth class, of ordinary answers, sees next to no anger in any: 0.045 without an edit, 0.066
-by the 16 layers, 0.080 by the best of forty settings (72 prompts, +0.014 [-0.023, +0.051]). Of
-refusal, where the judge counts such phrases, the gain is what it seems to be.
+first one, under a judge of four emotions (*), found apologies of a chatbot ("I'm sorry for any
+misunderstanding, but as a chatbot ..."), which such a judge takes for anger: 40 % of 144 answers,
+beside 16 % without an edit; the others were no angrier than by the 16 layers. Judges of emotions
+have learnt ordinary answers since, and see little anger and fear that a model of this size could be
+made to show within the bound, whatever the layers.
 """
 
 

@@ -20,8 +20,7 @@ FLOORS = [
     {"errors", "place", "edits", "adapter", "merge", "recording", "artifact", "journal"}
     | {"solvers", "inductor", "products"},
     {"anatomy", "taps"},
-    {"chat", "models", "lm", "decode", "harvest", "compiled", "remote"}
-    | {"writer", "cache", "stems"},
+    {"chat", "models", "lm", "decode", "harvest", "compiled", "remote"} | {"writer", "cache"},
     {"concepts", "selfcontrol", "prefix", "latentqa"},
     {"data", "evals"},
     {"cli", "server", "web", "vllm", "gguf", "hub", "__main__"},

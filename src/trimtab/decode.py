@@ -20,7 +20,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from trimtab import stems
 from trimtab.cache import growing
 from trimtab.chat import Batch
 from trimtab.taps import Call
@@ -111,8 +110,7 @@ class Eager:
         self.call, self.mask = call, batch.mask
         self.next = batch.lengths  # the position of the next token
         self.cache: Any = growing(self.lm.text_config)
-        seen = stems.begin(self.lm, batch, call, self.cache)
-        return self._run(batch.ids[:, seen:], batch.positions[:, seen:])
+        return self._run(batch.ids, batch.positions)
 
     def step(self, tokens: Tensor) -> Tensor:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from trimtab import chat, models, stems
+from trimtab import chat, models
 from trimtab.anatomy import Anatomy
 from trimtab.artifact import check_model
-from trimtab.cache import growing, sharing
+from trimtab.cache import sharing
 from trimtab.chat import Batch, Encoded
 from trimtab.compiled import Compiled
 from trimtab.decode import Column, Engine, Sampling, columns, eager
@@ -684,13 +684,8 @@ class LM:
         longest = int((batch.lengths - batch.prompt_len).max())
         wanted = any(step.differentiable for step in call.steps)
         grad = torch.is_grad_enabled() and wanted
-        cache: Any = growing(self.text_config) if self.caches and not grad else None
-        with torch.set_grad_enabled(grad), self.taps.held(self.waits):
-            seen = 0 if cache is None else stems.begin(self, batch, call, cache)
-            ids, positions = batch.ids[:, seen:], batch.positions[:, seen:]
-            with self.taps.carry(call, self.waits):
-                cache = cache if seen else None
-                out = self.forward(ids, batch.mask, positions, cache=cache, keep=longest + 1)
+        with torch.set_grad_enabled(grad), self.taps.carry(call, self.waits):
+            out = self.forward(batch.ids, batch.mask, batch.positions, keep=longest + 1)
         logits = out.logits[:, -longest - 1 : -1].float()
         labels = batch.ids[:, -longest:]
         columns_ = torch.arange(longest, 0, -1, device=labels.device)
