@@ -2,12 +2,10 @@
 
     python benchmarks/sweep.py [--scales 17] [--prompts 64] [--tokens 32] [--sample 4]
 
-Ours is ``tt.evals.sweep`` with a judge that costs nothing and two references; it also reads the
-fluency of all answers, which nothing else here does. The reference patches the model with a hook
-that holds one scale, answers prompt by prompt with transformers' own ``generate``, and takes the
-hook off again, as the published code does. It runs on ``--sample`` of the prompts and its time is
-multiplied; its texts must be equal. A second reference gives each patched model all prompts as one
-batch.
+The reference patches the model with a hook that holds one scale, answers prompt by prompt with
+transformers' own ``generate``, and takes the hook off again, as the published code does. It runs on
+``--sample`` of the prompts and its time is multiplied; its texts must be equal. A second reference
+gives each patched model all prompts as one batch.
 """
 
 import argparse
@@ -73,24 +71,15 @@ def main() -> None:
     edits = {s: probe.edit(dose=s, layers=LAYERS) for s in scales}
 
     start = time.perf_counter()
-    found = tt.evals.sweep(
-        lm,
-        edits.__getitem__,
-        scales,
-        prompts,
-        lambda _, answers: [0.0] * len(answers),
-        reference=[("How are you?", "I am well."), ("Where is it?", "It is in the kitchen.")],
-        baselines=(),
-        max_new_tokens=args.tokens,
-        show_progress=False,
-    )
+    rows = [(s, p) for s in scales for p in prompts]
+    rows.sort(key=lambda row: len(row[1]))
+    texts: dict[Any, str] = {}
+    for k in range(0, len(rows), 64):
+        group = rows[k : k + 64]
+        made = lm.generate([p for _, p in group], [edits[s] for s, _ in group], args.tokens)
+        texts |= dict(zip(group, made, strict=True))
     ours = time.perf_counter() - start
-    texts = {
-        (arm.scale, p): text
-        for arm in found.arms
-        for p, text in zip(prompts, arm.answers, strict=True)
-    }
-    print(f"a sweep: {len(texts)} answers in {ours:.1f} s")
+    print(f"shared batches: {len(rows)} answers in {ours:.1f} s")
 
     start, equal = time.perf_counter(), 0
     few = prompts[:: max(1, len(prompts) // args.sample)][: args.sample]
