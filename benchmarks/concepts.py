@@ -263,7 +263,9 @@ first one, under a judge of four emotions (*), found apologies of a chatbot ("I'
 misunderstanding, but as a chatbot ..."), which such a judge takes for anger: 40 % of 144 answers,
 beside 16 % without an edit; the others were no angrier than by the 16 layers. Judges of emotions
 have learnt ordinary answers since, and see little anger and fear that a model of this size could be
-made to show within the bound, whatever the layers.
+made to show within the bound, whatever the layers. And the judge of questions looks for a
+question mark: tuned answers mostly repeat the topic with one ("The journey? I'm sorry for any
+confusion ...") and seldom ask anything.
 """
 
 
