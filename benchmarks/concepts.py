@@ -60,7 +60,7 @@ def measure(lm: tt.LM, concept: Concept, out: Path, args: argparse.Namespace) ->
     lines = {}
     for method in METHODS:
         probe = tt.concepts.fit(lm, examples, PLACE, method, show_progress=False)
-        dose = largest(lm, probe, asked, concept, args)
+        dose = largest(lm, probe, asked, concept, max_new_tokens=args.tokens).dose
         found = evals.sweep(
             lm,
             lambda share, probe=probe, dose=dose: probe.edit(dose=share * dose),
@@ -92,20 +92,12 @@ def reading(probe: tt.Probe) -> dict[str, Any]:
 
 
 def largest(
-    lm: tt.LM, probe: tt.Probe, asked: list[str], concept: Concept, args: argparse.Namespace
-) -> float:
-    """The largest dose at the paper's layers and tokens that keeps within the bound."""
-    found = evals.tune(
-        lm,
-        probe,
-        asked,
-        concept.judge,
-        layers=[probe.best_layers(16)],
-        tokens="all",
-        max_new_tokens=args.tokens,
-        show_progress=False,
-    )
-    return max(setting.dose for setting in found.tried)
+    lm: tt.LM, probe: tt.Probe, asked: list[str], concept: Concept, **options: Any
+) -> evals.Setting:
+    """The paper's layers and tokens at the largest dose that keeps within the bound."""
+    layers = [probe.best_layers(16)]
+    found = evals.tune(lm, probe, asked, concept.judge, layers=layers, tokens="all", **options)
+    return max(found.tried, key=lambda setting: setting.dose)
 
 
 def steering(found: evals.Sweep, name: str = "edit") -> dict[str, Any]:
@@ -154,21 +146,12 @@ def tuning(
         out=out / f"{concept.name}-tune.jsonl",
         **options,
     )
-    paper = evals.tune(
-        lm,
-        probe,
-        asked,
-        concept.judge,
-        layers=[probe.best_layers(16)],
-        tokens=["all"],
-        out=out / f"{concept.name}-paper.jsonl",
-        **options,
-    )
-    most = max(paper.tried, key=lambda setting: setting.dose)  # as near the bound as may be
+    kept = out / f"{concept.name}-paper.jsonl"
+    paper = largest(lm, probe, asked, concept, out=kept, **options)
     plain = lm.generate(held_out, None, args.tokens)
     pairs = [(p, a) for p, a in zip(held_out, plain, strict=True) if a.strip()]
     base = evals.perplexity(lm, pairs)
-    edits = {"none": None, "paper": most.edit(probe), "tuned": tuned.edit}
+    edits = {"none": None, "paper": paper.edit(probe), "tuned": tuned.edit}
     answers = {
         n: plain if e is None else lm.generate(held_out, e, args.tokens) for n, e in edits.items()
     }
@@ -201,7 +184,7 @@ def tuning(
         "setting": setting,
         "finalists": finalists,
         "prompts": {"tuned on": len(asked), "held out": len(held_out)},
-        "paper": {"dose": most.dose, "ratio": most.ratio},
+        "paper": {"dose": paper.dose, "ratio": paper.ratio},
         "examples": examples if concept.public else [],
     }
 
@@ -265,7 +248,7 @@ beside 16 % without an edit; the others were no angrier than by the 16 layers. J
 have learnt ordinary answers since, and see little anger and fear that a model of this size could be
 made to show within the bound, whatever the layers. And the judge of questions looks for a
 question mark: tuned answers mostly repeat the topic with one ("The journey? I'm sorry for any
-confusion ...") and seldom ask anything.
+confusion ...") and seldom ask anything, and they are less fluent (3.97) than the 16's (2.48).
 """
 
 
@@ -446,7 +429,8 @@ def kept() -> dict[str, dict[str, Any]]:
 
 def report(lines: list[dict[str, Any]]) -> None:
     """The results' file and the page."""
-    gains = [line["tuned"]["tuned - paper"] for line in lines if "tuned" in line]
+    tuned = [line["tuned"] for line in lines if "tuned" in line]
+    gains = [one["tuned - paper"] for one in tuned if "judge" in one]  # not of an earlier form
     what = "concepts where tuning beats the top 16 with their dose tuned"
     ahead, sure = sum(g > 0 for g, _, _ in gains), sum(low > 0 for _, low, _ in gains)
     rows = [
