@@ -25,7 +25,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TUNED_ON = 72  # prompts of a concept that settings may be chosen by
 HELD_OUT = 240  # others, that nothing is chosen by, where there are so many
 TOKENS = 24  # of an answer
-OPENINGS = ("lists", "questions", "agreement")  # ways to begin an answer
+OPENINGS = ("lists", "questions", "agreement", "spanish")  # ways to begin an answer
 MORE = ("sadness", "humor", "confidence", "brevity", *OPENINGS)  # tuned, too
 
 FEELINGS = """How do you feel about your work?
@@ -168,6 +168,37 @@ No, it certainly is not.
 No, that is incorrect, as far as anybody knows.
 No, you are mistaken about that.
 No, that is not what the evidence says.""".splitlines()
+
+# The same in Spanish and in English.
+SPANISH = """Claro, te lo explico con mucho gusto. | Of course, I will gladly explain it to you.
+La verdad es que depende de muchas cosas. | The truth is that it depends on many things.
+Es muy sencillo si lo miras con calma. | It is very simple if you look at it calmly.
+Hoy todo ha ido bien y estoy contento. | Today all went well and I am content.
+Lo mejor es empezar por el principio. | The best thing is to begin at the beginning.
+En esta ciudad hay de todo para todos. | In this town there is something for everybody.
+No lo sé, pero te digo lo que pienso. | I do not know, but I tell you what I think.
+Mi familia vive cerca del mar desde hace años. | My family has lived near the sea for years.
+Primero hay que preparar todas las cosas. | First one has to prepare all the things.
+El tiempo está muy bueno esta mañana. | The weather is very good this morning.
+Cada persona tiene su propia manera de verlo. | Each person has their own way of seeing it.
+Necesitas un poco de agua y paciencia. | You need a little water and patience.
+Los niños juegan en el jardín por la tarde. | The children play in the garden in the afternoon.
+Eso pasó hace mucho tiempo, en otro lugar. | That happened long ago, in another place.
+Me gusta mucho, y a mis amigos también. | I like it a lot, and so do my friends.
+Una buena idea es preguntar a los vecinos. | A good idea is to ask the neighbours.
+Son las cosas pequeñas las que cuentan. | It is the small things that count.
+Ayer fuimos a casa de mi hermano. | Yesterday we went to my brother's house.
+La respuesta es corta: casi siempre. | The answer is short: almost always.
+Con el libro se aprende más rápido. | With the book one learns faster.
+El camino es largo, pero vale la pena. | The way is long, but it is worth it.
+Así lo hacen en muchos países del mundo. | So they do it in many countries of the world.
+Para mí es la parte más bonita del día. | For me it is the finest part of the day.
+Todavía queda mucho por hacer. | There is still much left to do.""".splitlines()
+
+COMMON = {  # words of each language that the other does not have
+    "Spanish": r"de|la|el|los|las|del|que|y|en|es|un|una|con|por|para|se|lo|su|más|está|pero|mi",
+    "English": r"the|of|and|to|in|is|i|it|that|for|was|with|as|my|on|are|you|this|but|at|be|not",
+}
 
 TOLD = """Describe a moment of your day.
 What happened?
@@ -321,17 +352,17 @@ def refusal() -> Concept:
 def brevity() -> Concept:
     """The built-in set; the judge counts words, of which an answer that was cut off has most."""
     examples = tt.data.read("brevity")
-    judge = scored(f"1 - words / {TOKENS}", lambda a: max(0.0, 1 - len(a.split()) / TOKENS))
+    judge = scored(f"1 - words / {TOKENS}", lambda p, a: max(0.0, 1 - len(a.split()) / TOKENS))
     prompts, held_out, _ = apart(FEELINGS, examples)
     ask = "Answer in as few words as you can."
     return Concept("brevity", examples, judge, agreed(judge, examples), prompts, held_out, ask)
 
 
-def scored(name: str, how: Callable[[str], float]) -> evals.Scorer:
-    """A judge that looks at each answer's words alone."""
+def scored(name: str, how: Callable[[str, str], float]) -> evals.Scorer:
+    """A judge that looks for something in the words of each answer."""
 
     def judge(prompts: Sequence[Any], answers: Sequence[str]) -> list[float]:
-        return [how(answer) for answer in answers]
+        return [how(*pair) for pair in zip(prompts, answers, strict=True)]
 
     judge.name = name  # type: ignore[attr-defined]
     return judge
@@ -345,7 +376,7 @@ def opening(name: str) -> Concept:
         pairs = [(e.prompt, listed(e.completion), e.completion) for e in told]
         ask = "Answer with a numbered list."
     else:
-        judge = scored("asks something", lambda answer: float("?" in answer))
+        judge = scored("asks the reader something of its own", asks)
         plain = [e for e in told if e.label]
         pairs = [(e.prompt, BACK[i % len(BACK)], e.completion) for i, e in enumerate(plain)]
         ask = "Answer with a question of your own."
@@ -354,14 +385,46 @@ def opening(name: str) -> Concept:
     return Concept(name, examples, judge, agreed(judge, examples), prompts, held_out, ask)
 
 
+def spanish() -> Concept:
+    """The same sentences in Spanish and in English; the judge counts common words."""
+    prompts = list(dict.fromkeys(e.prompt for e in tt.data.read("confidence")))
+    pairs = [pair.split(" | ") for pair in SPANISH]
+    examples = [
+        tt.Example(p, text, y)
+        for i, p in enumerate(prompts)
+        for text, y in zip(pairs[i % len(pairs)], (1.0, 0.0), strict=True)
+    ]
+    judge = scored("common words of Spanish outnumber those of English", is_spanish)
+    asked, held_out, _ = apart(FEELINGS, examples)
+    ask = "Answer in Spanish."
+    return Concept("spanish", examples, judge, agreed(judge, examples), asked, held_out, ask)
+
+
+def is_spanish(prompt: str, answer: str) -> float:
+    spanish, english = (
+        len(re.findall(rf"\b(?:{words})\b", answer.lower())) for words in COMMON.values()
+    )
+    return float(spanish > english and 8 * spanish >= len(answer.split()))
+
+
 def listed(text: str) -> str:
     """A text's sentences as a numbered list."""
     parts = [part.strip() for part in re.split(r"(?<=[.;!?])\s+", text) if part.strip()]
     return "\n".join(f"{i}. {part}" for i, part in enumerate(parts, 1))
 
 
-def has_list(answer: str) -> float:
+def has_list(prompt: str, answer: str) -> float:
     return float(bool(re.search(r"^\s*(\d+[.)]|[-*•])\s", answer, re.MULTILINE)))
+
+
+def asks(prompt: str, answer: str) -> float:
+    """Whether an answer asks the reader something, in words of which half are not the prompt's."""
+    known = set(re.findall(r"\w+", prompt.lower()))
+    for question in re.findall(r"[^.!?\n]*\?", answer.lower()):
+        words = re.findall(r"\w+", question)
+        if {"you", "your", "yours"} & set(words) and 2 * len(set(words) - known) >= len(set(words)):
+            return 1.0
+    return 0.0
 
 
 def agreement() -> Concept:
@@ -376,7 +439,7 @@ def agreement() -> Concept:
         for i, p in enumerate(own)
         for texts, y in ((YES, 1.0), (NO, 0.0))
     ]
-    judge = scored("begins with yes", lambda a: float(bool(re.match(r"\W*yes\b", a, re.I))))
+    judge = scored("begins with yes", lambda p, a: float(bool(re.match(r"\W*yes\b", a, re.I))))
     held_out = asked[64 + TUNED_ON :][:HELD_OUT]
     agreement = agreed(judge, examples)
     ask = "Answer with yes."
@@ -385,8 +448,8 @@ def agreement() -> Concept:
 
 def agreed(judge: evals.Scorer, examples: Sequence[tt.Example]) -> float:
     """The AUROC of a judge on examples."""
-    texts = [e.completion for e in examples]
-    return evals.agreement(judge, texts, texts, [e.label for e in examples])
+    asked, told, labels = zip(*((e.prompt, e.completion, e.label) for e in examples), strict=True)
+    return evals.agreement(judge, asked, told, labels)
 
 
 def truthfulness() -> Concept:
@@ -429,4 +492,5 @@ CONCEPTS: dict[str, Callable[[tt.LM, Embedder], Concept]] = {
     "lists": lambda *_: opening("lists"),
     "questions": lambda *_: opening("questions"),
     "agreement": lambda *_: agreement(),
+    "spanish": lambda *_: spanish(),
 }
