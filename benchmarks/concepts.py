@@ -157,6 +157,10 @@ def tuning(
     }
     answers["prompt"] = lm.generate([f"{p} {concept.ask}" for p in held_out], None, args.tokens)
     scores = {n: evals.score(concept.judge, held_out, a) for n, a in answers.items()}
+    kept = out / f"{concept.name}-answers.json"  # all of them, to be read
+    told_all = {"prompts": held_out, "answers": answers}
+    told_all["scores"] = {n: s.tolist() for n, s in scores.items()}
+    kept.write_text(json.dumps(told_all, ensure_ascii=False, indent=1), encoding="utf-8")
     told = {
         n: {
             "effect": float(s.mean()),
@@ -190,9 +194,9 @@ def tuning(
 
 
 def fluency(lm: tt.LM, prompts: list[str], answers: list[str]) -> float:
-    """The perplexity of answers themselves, to the plain model: the median, for some are short."""
+    """The perplexity of answers themselves, to the plain model: the geometric mean."""
     pairs = [(p, a) for p, a in zip(prompts, answers, strict=True) if a.strip()]
-    return float(evals.perplexities(lm, pairs).median())
+    return float(evals.perplexities(lm, pairs).log().mean().exp())
 
 
 def show(line: dict[str, Any]) -> None:
@@ -335,7 +339,7 @@ def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
         "\n## Tuned against the paper's layers: effect (perplexity ratio) on held-out prompts\n",
         "16: the paper's layers, all tokens, at the largest dose in the bound (the paper's scales,",
         "8 to 64, all lie beyond it). Tuned: the best of some sixty choices of layers and",
-        'tokens; "each its own": doses by layer, found by slopes. Fluency: the median perplexity',
+        'tokens; "each its own": doses by layer, found by slopes. Fluency: the mean perplexity',
         "of the answers themselves to the plain model, for no edit, 16, and tuned.\n",
         "| concept | no edit | 16 | tuned | asking | tuned - 16 [95 %] | fluency | prompts "
         "| where |",

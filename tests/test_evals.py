@@ -25,8 +25,8 @@ from trimtab.errors import ArtifactError, TrimtabError
 from trimtab.evals.identity import scorer_identity
 from trimtab.evals.profile import contrast, slope, solved
 from trimtab.evals.report import page
-from trimtab.evals.sweep import asking, exponential
-from trimtab.evals.tune import CLOSE, FIRST, Setting, _finalists, _Search
+from trimtab.evals.sweep import asking, exponential, fluencies
+from trimtab.evals.tune import CLOSE, FIRST, NOTHING, Answer, Setting, _finalists, _Search
 from trimtab.journal import Journal
 
 SCALES = np.array([-256, -128, -64, -32, -16, -8, 0, 8, 16, 32, 64, 128, 256], float)
@@ -534,10 +534,13 @@ class Curve(_Search):
     def ratio(self, dose):
         return 1.25**dose**self.power
 
+    def answer(self, setting, prompt):
+        return Answer("a b", setting.layers[0] + 0.1 * prompt, 2.0)
+
     def _judge(self, stage, settings, numbers):
         for s in settings:
             for p in numbers:
-                self.answers[(*s.key, p)], self.effects[(*s.key, p)] = "a b", s.layers[0] + 0.1 * p
+                self.answers[(*s.key, p)] = self.answer(s, p)
         return [self._summed(s, numbers) for s in settings]
 
 
@@ -580,7 +583,7 @@ def test_a_dose_without_a_number_is_beyond_the_bound():
 @pytest.mark.parametrize("dose", [0.5, 0.95])
 def test_comparisons_stay_within_the_budget_and_grow(settings, more, dose):
     """With doses that change before the last comparison, and with such as stay."""
-    search, plain = curve(), Setting((), "all", 0.0, repetition=0.0)
+    search, plain = curve(), Setting((), "all", 0.0, repetition=0.0, broken=0.0)
     budget = 10 * (2 * settings + 2 * _finalists(settings)) + more
     steps = search._halve(starts(settings, dose), plain, budget, [])
     assert search.spent <= budget
@@ -590,6 +593,41 @@ def test_comparisons_stay_within_the_budget_and_grow(settings, more, dose):
         assert judged == sorted(judged)
     if more == 100_000:
         assert judged == [24, 24, 24]
+
+
+@pytest.mark.parametrize("cost, broken", [(2.0, 0), (39.0, 0), (41.0, 1), (None, 1)])
+@pytest.mark.parametrize("share, ranked", [(0.04, [1, 0]), (0.25, [0, 1])])
+def test_what_is_nonsense_to_the_plain_model_comes_last(cost, broken, share, ranked):
+    """Plain answers cost 2; those of setting 1, which the judge prefers, in part something else."""
+
+    class Odd(Curve):
+        def answer(self, setting, prompt):
+            if not setting.layers:
+                return Answer("a b", 0.0, 2.0)
+            odd = setting.layers == (1,) and prompt < share * 24
+            return Answer("a b", setting.layers[0] + 1.0, cost if odd else 2.0)
+
+    search = curve(Odd)
+    (plain,) = search._judge("", [NOTHING], range(24))
+    found = search._judge("", starts(2, 1.0), range(24))
+    assert [s.broken for s in found] == [0, broken * -(-24 * share // 1) / 24]
+    order = [s.layers[0] for s in search._ranked(found, plain)]
+    assert order == (ranked if broken else [1, 0])
+
+
+def test_broken_answers_are_counted_by_their_perplexity_to_the_plain_model(lm, probe):
+    edit, texts = probe.edit(dose=0.5), ["", " \n", "some words", "\ufffd"]
+    costs = fluencies(lm, PROMPTS[:4], texts)
+    assert costs[:2] == [None, None]
+    assert costs[2] == pytest.approx(tt.evals.perplexity(lm, [(PROMPTS[2], texts[2])]), rel=1e-4)
+    assert fluencies(lm, PROMPTS[:2], texts[:2]) == [None, None]
+    found = tuned(lm, probe, layers=[[1, 2]], tokens="answer[:4]", max_ratio=3.0)
+    answers = [lm.generate(PROMPTS, e, 6) for e in (None, found.edit)]
+    plain, steered = (np.array(fluencies(lm, PROMPTS, a), dtype=float) for a in answers)
+    assert found.best.broken == np.mean(~(steered <= 20 * np.median(plain)))
+    # The control: to the edited model its own text is likelier than to the plain one.
+    pairs = list(zip(PROMPTS, lm.generate(PROMPTS, edit, 6), strict=True))
+    assert tt.evals.perplexity(lm, pairs, edit) < tt.evals.perplexity(lm, pairs)
 
 
 def test_the_first_tokens_take_a_dose_of_their_own(lm, probe, tmp_path):

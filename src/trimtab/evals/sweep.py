@@ -285,6 +285,23 @@ def perplexities(
     return torch.exp(-lm.score(prompts, answers, edits, batch_size=batch_size)).double()
 
 
+def fluencies(lm: LM, prompts: Sequence[Any], answers: Sequence[str]) -> list[float | None]:
+    """The perplexity of answers themselves to the plain model; None for one that says nothing."""
+    found: list[float | None] = [None] * len(answers)
+    full = [i for i, answer in enumerate(answers) if answer.strip()]
+    if not full:
+        return found
+    try:
+        logs = lm.score([prompts[i] for i in full], [answers[i] for i in full]).tolist()
+    except ChatError:  # a text of broken bytes may have more tokens than were generated
+        if len(full) == 1:
+            return found
+        return [fluencies(lm, [p], [a])[0] for p, a in zip(prompts, answers, strict=True)]
+    for i, log in zip(full, logs, strict=True):
+        found[i] = exponential(-log)
+    return found
+
+
 def repetition(text: str) -> float:
     """The share of three-word runs that were there before: 0 for text without a repeat."""
     words = text.lower().split()
@@ -409,10 +426,7 @@ class _Plan:
 
         def cost(group: list[Row]) -> list[float | None]:
             asked, said = [self.prompts[p] for _, p in group], [texts[i][p] for i, p in group]
-            try:
-                return [exponential(-v) for v in self.lm.score(asked, said).tolist()]
-            except ChatError:  # a text of broken bytes may have more tokens than were generated
-                return [None] if len(group) == 1 else [v for row in group for v in cost([row])]
+            return fluencies(self.lm, asked, said)
 
         empty: dict[Row, float | None] = dict.fromkeys(rows)
         return self._by_arm(empty | pieces.work("fluency", full, cost))

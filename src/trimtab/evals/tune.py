@@ -13,8 +13,8 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from statistics import fmean, median
+from typing import Any, NamedTuple
 
 from trimtab.concepts import Probe
 from trimtab.edits import Edit
@@ -27,6 +27,7 @@ from trimtab.evals.sweep import (
     Row,
     check_judging,
     exponential,
+    fluencies,
     model_identity,
     own_references,
     prompts_of,
@@ -45,6 +46,8 @@ STEPS = 3  # comparisons, each on more prompts
 KEPT = 1 / 3  # of the settings, from one comparison to the next
 SMALLER = (2 / 3, 1 / 3)  # of the dose of the best setting: what a lower price buys
 MAX_REPETITION = 0.15  # more than without the edit: text that goes round in circles
+BROKEN = 20.0  # times the perplexity of plain answers, to the plain model: an answer of nonsense
+MAX_BROKEN = 0.05  # more of them than without the edit
 
 # An answer goes on as it begins, and the bound is on the mean over an answer: its first few tokens
 # take a much larger dose, and the first alone (a refusal, a list, a yes) the largest. Where a part
@@ -62,8 +65,10 @@ class Setting:
 
     ``effect``: the judge's mean over ``judged`` prompts; ``ratio``: the perplexity of the
     references (some; all for the finalists), in that without an edit; ``repetition``: the share of
-    repeated three-word runs. ``weights``: the share of the dose that each layer gets (empty: all
-    alike). ``first`` (n, factor): the first n tokens take ``factor`` times the dose.
+    repeated three-word runs; ``broken``: the share of answers that are empty, or nonsense to the
+    model without the edit (20 times the perplexity of its own answers or more). ``weights``: the
+    share of the dose that each layer gets (empty: all alike). ``first`` (n, factor): the first n
+    tokens take ``factor`` times the dose.
     """
 
     layers: tuple[int, ...]
@@ -72,6 +77,7 @@ class Setting:
     effect: float = math.nan
     ratio: float = math.nan
     repetition: float = math.nan
+    broken: float = math.nan
     judged: int = 0
     weights: tuple[float, ...] = ()
     first: tuple[int, float] | None = None
@@ -147,9 +153,10 @@ def tune(
     perplexity suggest. ``out``: a file that keeps finished batches, so that the same call goes on
     after a crash.
 
-    ``tuned.probe.edit()`` without numbers is the edit that was chosen, also after saving. Raises
-    ValueError for a budget that does not reach every setting twice, and where no dose fits; warns
-    where no setting beats no edit.
+    Settings whose answers repeat themselves, are empty or nonsense come last, whatever the judge
+    sees in them. ``tuned.probe.edit()`` without numbers is the edit that was chosen, also after
+    saving. Raises ValueError for a budget that does not reach every setting twice, and where no
+    dose fits; warns where no setting beats no edit.
     """
     if not isinstance(probe, Probe):
         raise ValueError(f"tune takes a Probe of tt.concepts.fit, not {type(probe).__name__}")
@@ -182,7 +189,7 @@ def tune(
     job |= {"probe": fingerprint(probe.edit(layers=list(probe.layers)))}
     job |= {"scorer": scorer_identity(scorer), "texts": [asked, pairs], "layers": windows}
     job |= {"tokens": list(tokens), "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    job |= {"search": [ROUNDS, FEW, CLOSE, AIM, STEPS, KEPT]}
+    job |= {"search": [ROUNDS, FEW, CLOSE, AIM, STEPS, KEPT, BROKEN, MAX_BROKEN]}
     if examples is not None:
         job |= {"examples": [[prompt_text(e.prompt), e.completion, e.label] for e in examples]}
     with Journal(out, job) as journal, lm.products.kept():
@@ -221,6 +228,14 @@ def _windows(probe: Probe) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(found))
 
 
+class Answer(NamedTuple):
+    """What one setting had the model say to one prompt."""
+
+    text: str
+    effect: float
+    perplexity: float | None  # to the model without the edit; None for a text that says nothing
+
+
 @dataclass
 class _Search:
     """One search: what it works with, and what it has measured so far."""
@@ -232,8 +247,7 @@ class _Search:
     pieces: Pieces
     max_new_tokens: int
     max_ratio: float
-    answers: dict[tuple[Any, ...], str] = field(default_factory=dict)
-    effects: dict[tuple[Any, ...], float] = field(default_factory=dict)
+    answers: dict[tuple[Any, ...], Answer] = field(default_factory=dict)
 
     @property
     def spent(self) -> int:
@@ -250,7 +264,7 @@ class _Search:
         everything = range(len(self.prompts))
         (baseline,) = self._judge("no edit", [NOTHING], everything)
         if pairs is None:
-            plain = [self.answers[(*NOTHING.key, i)] for i in everything]
+            plain = [self.answers[(*NOTHING.key, i)].text for i in everything]
             pairs = own_references(self.prompts, plain)
         if examples is not None:
             every = dict.fromkeys((s.tokens, s.first) for s in starts)
@@ -272,7 +286,7 @@ class _Search:
             self._stored(best, baseline),
             best,
             next((s for s in others if replace(s, dose=best.dose).key != best.key), None),
-            _frontier(s for s in last if s.repetition <= baseline.repetition + MAX_REPETITION),
+            _frontier(s for s in last if _sound(s, baseline)),
             list(tried.values()),
             baseline.effect,
             self.spent,
@@ -352,9 +366,8 @@ class _Search:
         return made
 
     def _ranked(self, settings: list[Setting], baseline: Setting) -> list[Setting]:
-        """By effect; those whose text goes round in circles come last."""
-        limit = baseline.repetition + MAX_REPETITION
-        return sorted(settings, key=lambda s: (s.repetition > limit, -s.effect))
+        """By effect; those whose text goes round in circles, or says nothing, come last."""
+        return sorted(settings, key=lambda s: (not _sound(s, baseline), -s.effect))
 
     def _affordable(self, settings: list[Setting], order: list[int], tokens: float) -> int:
         """On how many first prompts all of these can be compared for so many more tokens."""
@@ -384,11 +397,13 @@ class _Search:
         """Settings with their effect on the prompts of these numbers; new ones are generated."""
         edits = [s.edit(self.probe) for s in settings]
 
-        def answer(group: list[Row]) -> list[tuple[str, float]]:
+        def answer(group: list[Row]) -> list[Answer]:
             asked = [self.prompts[p] for _, p in group]
             own = [edits[i] for i, _ in group]
             texts = self.lm.generate(asked, own, self.max_new_tokens, batch_size=len(group))
-            return list(zip(texts, score(self.scorer, asked, texts).tolist(), strict=True))
+            effects = score(self.scorer, asked, texts).tolist()
+            costs = fluencies(self.lm, asked, texts)
+            return list(map(Answer, texts, effects, costs))
 
         new = [
             (i, p)
@@ -396,27 +411,38 @@ class _Search:
             for p in numbers
             if (*s.key, p) not in self.answers
         ]
-        for (i, p), (text, effect) in self.pieces.work(stage, new, answer).items():
-            self.answers[(*settings[i].key, p)] = text
-            self.effects[(*settings[i].key, p)] = effect
+        for (i, p), made in self.pieces.work(stage, new, answer).items():
+            self.answers[(*settings[i].key, p)] = Answer(*made)
         return [self._summed(s, numbers) for s in settings]
 
     def _summed(self, setting: Setting, numbers: Sequence[int]) -> Setting:
-        keys = [(*setting.key, p) for p in numbers]
+        found = [self.answers[(*setting.key, p)] for p in numbers]
+        plain = [a.perplexity for k, a in self.answers.items() if k[:-1] == NOTHING.key]
+        limit = BROKEN * median([cost for cost in plain if cost is not None] or [math.inf])
         return replace(
             setting,
-            effect=fmean(self.effects[key] for key in keys),
-            repetition=fmean(repetition(self.answers[key]) for key in keys),
-            judged=len(keys),
+            effect=fmean(a.effect for a in found),
+            repetition=fmean(repetition(a.text) for a in found),
+            broken=fmean(a.perplexity is None or a.perplexity > limit for a in found),
+            judged=len(found),
         )
 
     def _stored(self, best: Setting, baseline: Setting) -> Probe:
         """The probe that steers by this setting where no other is named."""
         told = {"effect": best.effect, "without": baseline.effect, "judged": best.judged}
         told |= {"perplexity_ratio": best.ratio, "repetition": best.repetition}
+        told |= {"broken": best.broken}
         scores = {**self.probe.meta.scores, "tuned": told}
         meta = replace(self.probe.meta, scores=scores)
         return replace(self.probe, guidance=best.guidance, meta=meta)
+
+
+def _sound(setting: Setting, baseline: Setting) -> bool:
+    """Whether its answers are little more repetitive and broken than those without an edit."""
+    return (
+        setting.repetition <= baseline.repetition + MAX_REPETITION
+        and setting.broken <= baseline.broken + MAX_BROKEN
+    )
 
 
 def _next(
