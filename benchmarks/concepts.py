@@ -157,10 +157,7 @@ def tuning(
     }
     answers["prompt"] = lm.generate([f"{p} {concept.ask}" for p in held_out], None, args.tokens)
     scores = {n: evals.score(concept.judge, held_out, a) for n, a in answers.items()}
-    kept = out / f"{concept.name}-answers.json"  # all of them, to be read
-    told_all = {"prompts": held_out, "answers": answers}
-    told_all["scores"] = {n: s.tolist() for n, s in scores.items()}
-    kept.write_text(json.dumps(told_all, ensure_ascii=False, indent=1), encoding="utf-8")
+    keep(out / f"{concept.name}-answers.json", held_out, answers, scores)
     told = {
         n: {
             "effect": float(s.mean()),
@@ -191,6 +188,17 @@ def tuning(
         "paper": {"dose": paper.dose, "ratio": paper.ratio},
         "examples": examples if concept.public else [],
     }
+
+
+def keep(
+    path: Path, prompts: list[str], answers: dict[str, list[str]], scores: dict[str, torch.Tensor]
+) -> None:
+    """All answers with their scores, to be read."""
+    rows = [
+        {"prompt": p} | {n: [answers[n][i], float(scores[n][i])] for n in answers}
+        for i, p in enumerate(prompts)
+    ]
+    path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def fluency(lm: tt.LM, prompts: list[str], answers: list[str]) -> float:
