@@ -16,7 +16,9 @@ mood and form: sentence embeddings under a logistic regression, fitted on texts 
 
 import argparse
 import json
-from dataclasses import asdict
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,12 @@ def tuning(
     plain = lm.generate(held_out, None, args.tokens)
     pairs = [(p, a) for p, a in zip(held_out, plain, strict=True) if a.strip()]
     base = evals.perplexity(lm, pairs)
+
+    def ratio(edit: tt.Edit | None) -> float:
+        return evals.perplexity(lm, pairs, edit) / base
+
+    wanted = ratio(tuned.edit)
+    paper = raised(paper, lambda setting: ratio(setting.edit(probe)), wanted)
     edits = {"none": None, "paper": paper.edit(probe), "tuned": tuned.edit}
     answers = {
         n: plain if e is None else lm.generate(held_out, e, args.tokens) for n, e in edits.items()
@@ -161,7 +169,7 @@ def tuning(
     told = {
         n: {
             "effect": float(s.mean()),
-            "ratio": evals.perplexity(lm, pairs, edits[n]) / base if n in edits else None,
+            "ratio": ratio(edits[n]) if n in edits else None,
             "repetition": float(np.mean([evals.repetition(a) for a in answers[n]])),
             "fluency": fluency(lm, held_out, answers[n]),
         }
@@ -188,6 +196,18 @@ def tuning(
         "paper": {"dose": paper.dose, "ratio": paper.ratio},
         "examples": examples if concept.public else [],
     }
+
+
+def raised(
+    setting: evals.Setting, ratio: Callable[[evals.Setting], float], wanted: float
+) -> evals.Setting:
+    """A setting at a dose whose perplexity ratio is ``wanted`` or a little more, if it was less."""
+    for _ in range(8):
+        if (now := ratio(setting)) >= wanted:
+            break
+        step = math.log(wanted) / math.log(now) if now > 1 else 4.0
+        setting = replace(setting, dose=setting.dose * min(1.01 * math.sqrt(step), 2.0))
+    return setting
 
 
 def keep(
@@ -242,7 +262,7 @@ def show_probes(line: dict[str, Any]) -> None:
 
 
 HEAD = """\
-# Six concepts on SmolLM2-135M-Instruct
+# Concepts on SmolLM2-135M-Instruct
 
 Made by `python benchmarks/concepts.py`. Each number is a mean over prompts; the judge never saw the
 texts that the probes were fitted on, and its AUROC on labelled texts says how far to trust it.
@@ -253,14 +273,16 @@ the best of six doses in that bound).
 
 
 CAUTION = """
-**Read the answers before you believe a gain.** A search finds what its judge is blind to. Anger's
-first one, under a judge of four emotions (*), found apologies of a chatbot ("I'm sorry for any
-misunderstanding, but as a chatbot ..."), which such a judge takes for anger: 40 % of 144 answers,
-beside 16 % without an edit; the others were no angrier than by the 16 layers. Judges of emotions
-have learnt ordinary answers since, and see little anger and fear that a model of this size could be
-made to show within the bound, whatever the layers. And the judge of questions looks for a
-question mark: tuned answers mostly repeat the topic with one ("The journey? I'm sorry for any
-confusion ...") and seldom ask anything, and they are less fluent (3.97) than the 16's (2.48).
+**Read the answers before you believe a gain.** A search finds what its judge is blind to.
+Happiness had a setting that made two answers in five the one word "sampler", which its judge takes
+for joy: the bound on references hardly sees one token. Tuning puts last what is nonsense to the
+plain model since then. Anger's judge (*) took apologies of a chatbot for anger ("I'm sorry for any
+misunderstanding, but as a chatbot ..."), 40 % of 144 answers, beside 16 % without an edit; judges
+of emotions have learnt ordinary answers since, and see little fear that a model of this size could
+be made to show within the bound. And the judge of questions goes by question marks: of 227 tuned
+answers 68 ask the reader something by the letter, 8 of them in the form of a question; the others
+are statements with a question mark ("I'm sorry for any misunderstanding? I'm here to help with
+your homework?"). Refusals, lists, a yes to a claim, and (broken) Spanish are what they are called.
 """
 
 
@@ -346,9 +368,10 @@ def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
     made = [
         "\n## Tuned against the paper's layers: effect (perplexity ratio) on held-out prompts\n",
         "16: the paper's layers, all tokens, at the largest dose in the bound (the paper's scales,",
-        "8 to 64, all lie beyond it). Tuned: the best of some sixty choices of layers and",
-        'tokens; "each its own": doses by layer, found by slopes. Fluency: the mean perplexity',
-        "of the answers themselves to the plain model, for no edit, 16, and tuned.\n",
+        "8 to 64, all lie beyond it), or at a larger one, so that it costs no less than tuned on",
+        "held-out prompts. Tuned: the best of some sixty choices of layers and tokens; by layer:",
+        "each layer has a dose of its own, found by slopes. Fluency: the mean perplexity of the",
+        "answers themselves to the plain model, for no edit, 16, and tuned.\n",
         "| concept | no edit | 16 | tuned | asking | tuned - 16 [95 %] | fluency | prompts "
         "| where |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -363,7 +386,7 @@ def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
         layers = setting["layers"]
         run = list(layers) == list(range(layers[0], layers[-1] + 1))
         where = f"{layers[0]}-{layers[-1]}" if run else ",".join(map(str, layers))
-        where += ", each its own" if setting.get("weights") else ""
+        where += ", by layer" if setting.get("weights") else ""
         where += f", {setting['tokens']}"
         if first := setting.get("first"):
             where += f", the first {first[0]} at {first[1]:g} times the dose"
@@ -404,8 +427,8 @@ def asking(lines: list[dict[str, Any]]) -> str:
 
 
 EARLIER = """
-\\* of an earlier form: the search did not try the first token alone, and the judges of happiness
-and anger knew no ordinary answers."""
+\\* of an earlier form: the search did not try the first token alone, nor sort out nonsense; anger's
+judge knew no ordinary answers; fluency is a median."""
 ASKING = {True: "Asking does better for", False: "The tuned edit does as well or better for"}
 
 
