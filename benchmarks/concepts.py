@@ -154,11 +154,12 @@ def tuning(
     pairs = [(p, a) for p, a in zip(held_out, plain, strict=True) if a.strip()]
     base = evals.perplexity(lm, pairs)
 
-    def ratio(edit: tt.Edit | None) -> float:
+    def ratio(edit: tt.Edit) -> float:
         return evals.perplexity(lm, pairs, edit) / base
 
     wanted = ratio(tuned.edit)
-    paper = raised(paper, lambda setting: ratio(setting.edit(probe)), wanted)
+    paper, cost = raised(paper, lambda setting: ratio(setting.edit(probe)), wanted)
+    ratios = {"none": 1.0, "paper": cost, "tuned": wanted}
     edits = {"none": None, "paper": paper.edit(probe), "tuned": tuned.edit}
     answers = {
         n: plain if e is None else lm.generate(held_out, e, args.tokens) for n, e in edits.items()
@@ -169,7 +170,7 @@ def tuning(
     told = {
         n: {
             "effect": float(s.mean()),
-            "ratio": ratio(edits[n]) if n in edits else None,
+            "ratio": ratios.get(n),
             "repetition": float(np.mean([evals.repetition(a) for a in answers[n]])),
             "fluency": fluency(lm, held_out, answers[n]),
         }
@@ -200,14 +201,12 @@ def tuning(
 
 def raised(
     setting: evals.Setting, ratio: Callable[[evals.Setting], float], wanted: float
-) -> evals.Setting:
-    """A setting at a dose whose perplexity ratio is ``wanted`` or a little more, if it was less."""
-    for _ in range(8):
-        if (now := ratio(setting)) >= wanted:
-            break
+) -> tuple[evals.Setting, float]:
+    """A setting at a dose whose perplexity ratio is ``wanted`` at least, and that ratio."""
+    while (now := ratio(setting)) < wanted:
         step = math.log(wanted) / math.log(now) if now > 1 else 4.0
         setting = replace(setting, dose=setting.dose * min(1.01 * math.sqrt(step), 2.0))
-    return setting
+    return setting, now
 
 
 def keep(
@@ -215,7 +214,7 @@ def keep(
 ) -> None:
     """All answers with their scores, to be read."""
     rows = [
-        {"prompt": p} | {n: [answers[n][i], float(scores[n][i])] for n in answers}
+        {"question": p} | {n: [answers[n][i], float(scores[n][i])] for n in answers}
         for i, p in enumerate(prompts)
     ]
     path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
