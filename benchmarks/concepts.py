@@ -272,16 +272,19 @@ the best of six doses in that bound).
 
 
 CAUTION = """
-**Read the answers before you believe a gain.** A search finds what its judge is blind to.
-Happiness had a setting that made two answers in five the one word "sampler", which its judge takes
-for joy: the bound on references hardly sees one token. Tuning puts last what is nonsense to the
-plain model since then. Anger's judge (*) took apologies of a chatbot for anger ("I'm sorry for any
-misunderstanding, but as a chatbot ..."), 40 % of 144 answers, beside 16 % without an edit; judges
-of emotions have learnt ordinary answers since, and see little fear that a model of this size could
-be made to show within the bound. And the judge of questions goes by question marks: of 227 tuned
-answers 68 ask the reader something by the letter, 8 of them in the form of a question; the others
-are statements with a question mark ("I'm sorry for any misunderstanding? I'm here to help with
-your homework?"). Refusals, lists, a yes to a claim, and (broken) Spanish are what they are called.
+**Read the answers before you believe a gain, and look at what both sides cost.** A search finds
+what its judge is blind to. Happiness had a setting that made two answers in five the one word
+"sampler", which its judge takes for joy: the bound on references hardly sees one token. Tuning
+puts last what is nonsense to the plain model since then. Anger's judge (*) took apologies of a
+chatbot for anger ("I'm sorry for any misunderstanding, but as a chatbot ..."), 40 % of 144
+answers, beside 16 % without an edit; judges of emotions have learnt ordinary answers since, and
+see little fear that a model of this size could be made to show within the bound. The judge of
+questions goes by question marks: of 227 tuned answers 68 ask the reader something by the letter, 8
+of them in the form of a question ("I'm sorry for any misunderstanding? I'm here to help with your
+homework?"). And a bound that holds on some references lets two settings cost unlike on others:
+questions and Spanish looked like gains (0.30 beside 0.05, 0.50 beside 0.12) until the 16 were
+given the same perplexity on the held-out prompts. Refusals, lists and a yes to a claim are what
+they are called.
 """
 
 
@@ -355,13 +358,6 @@ def effect_of(line: dict[str, Any]) -> str:
     return f"{line['effect']:.3f}{known} ({line['ratio']:.2f})"
 
 
-def pooled(lines: list[dict[str, Any]]) -> tuple[float, float]:
-    """The mean of the concepts' gains, and half of its 95 % interval."""
-    gains = np.array([line["tuned"]["tuned - paper"] for line in lines])
-    halves = (gains[:, 2] - gains[:, 1]) / 2
-    return float(gains[:, 0].mean()), float(np.sqrt((halves**2).sum()) / len(gains))
-
-
 def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
     """The tuned setting against the paper's layers, on held-out prompts."""
     made = [
@@ -397,14 +393,12 @@ def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
         cells += [f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]", fluent, str(count), told]
         made.append(f"| {line['concept']}{star} | {' | '.join(cells)} |")
     made.append(EARLIER)
-    gains = [line["tuned"]["tuned - paper"] for line in lines]
+    gains = [line["tuned"]["tuned - paper"] for line in lines if "judge" in line["tuned"]]
     ahead, sure = sum(g > 0 for g, _, _ in gains), sum(low > 0 for _, low, _ in gains)
-    mean, half = pooled(lines)
     made.append(asking(lines))
     made.append(
-        f"\nBy the mean, tuning is ahead of the 16 on {ahead} of {len(lines)} concepts, with "
-        f"an interval above 0 on {sure}; the mean gain of all of them is {mean:+.3f} "
-        f"[{mean - half:+.3f}, {mean + half:+.3f}].\n\n"
+        f"\nAt equal perplexity tuning is ahead of the 16 on {ahead} of {len(gains)} concepts by "
+        f"the mean, and on {sure} by the interval (without the lines of an earlier form).\n\n"
         "What tuning adds depends on where a concept lies. Where it shows in how an answer begins,"
         "\nthe first tokens take five to ten times the dose that all tokens take within the same\n"
         "bound, and the answer goes on from there. Where it is spread over the answer, other\n"
@@ -426,8 +420,9 @@ def asking(lines: list[dict[str, Any]]) -> str:
 
 
 EARLIER = """
-\\* of an earlier form: the search did not try the first token alone, nor sort out nonsense; anger's
-judge knew no ordinary answers; fluency is a median."""
+\\* of an earlier form: the search did not try the first token alone, nor sort out nonsense, and the
+16 had their largest dose in the bound, whatever that cost on held-out prompts; anger's judge knew
+no ordinary answers; fluency is a median."""
 ASKING = {True: "Asking does better for", False: "The tuned edit does as well or better for"}
 
 
