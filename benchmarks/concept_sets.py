@@ -421,8 +421,8 @@ def asks(prompt: str, answer: str) -> float:
     """Whether an answer asks the reader something, in words of which half are not the prompt's."""
     known = set(re.findall(r"\w+", prompt.lower()))
     for question in re.findall(r"[^.!?\n]*\?", answer.lower()):
-        words = re.findall(r"\w+", question)
-        if {"you", "your", "yours"} & set(words) and 2 * len(set(words) - known) >= len(set(words)):
+        words = set(re.findall(r"\w+", question))
+        if {"you", "your", "yours"} & words and 2 * len(words - known) >= len(words):
             return 1.0
     return 0.0
 

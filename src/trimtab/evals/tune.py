@@ -254,6 +254,12 @@ class _Search:
         """Generated tokens, at most."""
         return len(self.answers) * self.max_new_tokens
 
+    @property
+    def limit(self) -> float:
+        """The perplexity beyond which an answer is broken."""
+        plain = (self.answers.get((*NOTHING.key, p)) for p in range(len(self.prompts)))
+        return BROKEN * median([a.perplexity for a in plain if a and a.perplexity] or [math.inf])
+
     def run(
         self,
         starts: list[Setting],
@@ -416,9 +422,7 @@ class _Search:
         return [self._summed(s, numbers) for s in settings]
 
     def _summed(self, setting: Setting, numbers: Sequence[int]) -> Setting:
-        found = [self.answers[(*setting.key, p)] for p in numbers]
-        plain = [a.perplexity for k, a in self.answers.items() if k[:-1] == NOTHING.key]
-        limit = BROKEN * median([cost for cost in plain if cost is not None] or [math.inf])
+        found, limit = [self.answers[(*setting.key, p)] for p in numbers], self.limit
         return replace(
             setting,
             effect=fmean(a.effect for a in found),
