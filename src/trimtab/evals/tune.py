@@ -189,7 +189,7 @@ def tune(
     job |= {"probe": fingerprint(probe.edit(layers=list(probe.layers)))}
     job |= {"scorer": scorer_identity(scorer), "texts": [asked, pairs], "layers": windows}
     job |= {"tokens": list(tokens), "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    job |= {"search": [ROUNDS, FEW, CLOSE, AIM, STEPS, KEPT, BROKEN, MAX_BROKEN]}
+    job |= {"search": [ROUNDS, FEW, CLOSE, AIM, STEPS, KEPT, MAX_REPETITION, BROKEN, MAX_BROKEN]}
     if examples is not None:
         job |= {"examples": [[prompt_text(e.prompt), e.completion, e.label] for e in examples]}
     with Journal(out, job) as journal, lm.products.kept():
