@@ -379,25 +379,33 @@ def scored(name: str, how: Callable[[str, str], float]) -> evals.Scorer:
 
 def opening(name: str) -> Concept:
     """A way to begin an answer, under a judge that looks for it in the text."""
+    what, how, texts, ask = {
+        "lists": (
+            "has a numbered or bulleted line",
+            has_list,
+            None,
+            "Answer with a numbered list.",
+        ),
+        "questions": (
+            "asks the reader something of its own",
+            asks,
+            BACK,
+            "Answer with a question of your own.",
+        ),
+        "greeting": ("begins with a greeting", greets, HELLO, "Begin with a greeting."),
+    }[name]
     told = tt.data.read("confidence")
-    if name == "lists":
-        judge = scored("has a numbered or bulleted line", has_list)
-        pairs = [(e.prompt, listed(e.completion), e.completion) for e in told]
-        ask = "Answer with a numbered list."
+    if texts is None:
+        pairs = [(e, listed(e.completion)) for e in told]
     else:
-        what, how, texts, ask = {
-            "questions": (
-                "asks the reader something of its own",
-                asks,
-                BACK,
-                "Answer with a question of your own.",
-            ),
-            "greeting": ("begins with a greeting", greets, HELLO, "Begin with a greeting."),
-        }[name]
-        judge = scored(what, how)
         plain = [e for e in told if e.label]
-        pairs = [(e.prompt, texts[i % len(texts)], e.completion) for i, e in enumerate(plain)]
-    examples = [tt.Example(p, t, y) for p, a, b in pairs for t, y in ((a, 1.0), (b, 0.0))]
+        pairs = [(e, texts[i % len(texts)]) for i, e in enumerate(plain)]
+    examples = [
+        tt.Example(e.prompt, text, label)
+        for e, shown in pairs
+        for text, label in ((shown, 1.0), (e.completion, 0.0))
+    ]
+    judge = scored(what, how)
     prompts, held_out, _ = apart(FEELINGS, examples)
     return Concept(name, examples, judge, agreed(judge, examples), prompts, held_out, ask)
 
