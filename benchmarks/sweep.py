@@ -2,10 +2,12 @@
 
     python benchmarks/sweep.py [--scales 17] [--prompts 64] [--tokens 32] [--sample 4]
 
-The reference patches the model with a hook that holds one scale, answers prompt by prompt with
-transformers' own ``generate``, and takes the hook off again, as the published code does. It runs on
-``--sample`` of the prompts and its time is multiplied; its texts must be equal. A second reference
-gives each patched model all prompts as one batch.
+Both sides do the whole of a sweep: answers, the perplexity of reference answers under each scale,
+and that of the answers to the model without an edit. The reference patches the model with a hook
+that holds one scale, answers prompt by prompt with transformers' own ``generate``, scores, and
+takes the hook off again, as the published code does. It runs on ``--sample`` of the prompts and its
+time is multiplied; its texts must be equal, and its perplexities close. A second reference gives
+each patched model all prompts as one batch.
 """
 
 import argparse
@@ -57,6 +59,29 @@ def answer(lm: tt.LM, prompts: list[str], tokens: int) -> list[str]:
     return list(texts)
 
 
+def perplexities(lm: tt.LM, prompts: list[str], answers: list[str]) -> torch.Tensor:
+    """Of each answer in one batch, [B], by transformers' own forward pass."""
+    batch = lm.batch(prompts, answers)
+    out = lm.model(batch.ids, attention_mask=batch.mask, position_ids=batch.positions)
+    logs = out.logits[:, :-1].log_softmax(-1).gather(-1, batch.ids[:, 1:, None])[..., 0]
+    count = batch.lengths - batch.prompt_len  # of answer tokens, which stand at the end
+    own = torch.arange(logs.shape[1], 0, -1) <= count[:, None]
+    return torch.exp(-(logs * own).sum(1) / count)
+
+
+def reference(
+    lm: tt.LM, edit: tt.Edit | None, prompts: list[str], plain: list[str], tokens: int
+) -> tuple[list[str], torch.Tensor]:
+    """One scale of the sweep by hooks: answers, and the perplexities of the plain ones."""
+
+    def run() -> tuple[list[str], torch.Tensor]:
+        return answer(lm, prompts, tokens), perplexities(lm, prompts, plain)
+
+    said, costs = run() if edit is None else hooked(lm, edit, run)
+    perplexities(lm, prompts, said)  # fluency
+    return said, costs
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -68,39 +93,50 @@ def main() -> None:
     probe = tt.concepts.fit(lm, examples[:144], "resid@5:22 answer[:16]", show_progress=False)
     prompts = list(dict.fromkeys(e.prompt for e in examples))[: args.prompts]
     scales = [float(s) for s in torch.linspace(-0.03, 0.03, args.scales)]
-    edits = {s: probe.edit(dose=s, layers=LAYERS) for s in scales}
+    edits = {s: probe.edit(dose=s, layers=LAYERS) if s else None for s in scales}
 
     start = time.perf_counter()
-    rows = [(s, p) for s in scales for p in prompts]
-    rows.sort(key=lambda row: len(row[1]))
-    texts: dict[Any, str] = {}
-    for k in range(0, len(rows), 64):
-        group = rows[k : k + 64]
-        made = lm.generate([p for _, p in group], [edits[s] for s, _ in group], args.tokens)
-        texts |= dict(zip(group, made, strict=True))
+    found = tt.evals.sweep(
+        lm,
+        lambda scale: edits[scale],
+        scales,
+        prompts,
+        tt.evals.Lexicon(["happy", "funny"]),
+        baselines=(),
+        max_new_tokens=args.tokens,
+        show_progress=False,
+    )
     ours = time.perf_counter() - start
-    print(f"shared batches: {len(rows)} answers in {ours:.1f} s")
+    arms = {arm.scale: arm for arm in found.arms}
+    plain = found.baseline.answers
+    print(f"sweep: {len(scales) * len(prompts)} answers, judged, in {ours:.1f} s")
 
-    start, equal = time.perf_counter(), 0
-    few = prompts[:: max(1, len(prompts) // args.sample)][: args.sample]
-    for s in scales:
-        one = hooked(lm, edits[s], lambda: [answer(lm, [p], args.tokens)[0] for p in few])
-        equal += sum(texts[s, p] == t for p, t in zip(few, one, strict=True))
-    single = (time.perf_counter() - start) * len(prompts) / len(few)
+    def timed(rows: list[list[int]], at: list[float]) -> tuple[float, int, float]:
+        """Seconds for everything, by these batches at these scales; equal texts; largest error."""
+        start, equal, error = time.perf_counter(), 0, 0.0
+        for s in at:
+            for row in rows:
+                asked, known = [prompts[i] for i in row], [plain[i] for i in row]
+                said, costs = reference(lm, edits[s], asked, known, args.tokens)
+                equal += sum(arms[s].answers[i] == t for i, t in zip(row, said, strict=True))
+                ours = torch.tensor([arms[s].perplexities[i] for i in row])
+                error = max(error, float((costs / ours).log().abs().max()))
+        share = sum(map(len, rows)) * len(at) / (len(prompts) * len(scales))
+        return (time.perf_counter() - start) / share, equal, error
+
+    few = list(range(0, len(prompts), max(1, len(prompts) // args.sample)))[: args.sample]
+    single, equal, error = timed([[i] for i in few], scales)
     print(f"a patched model per scale, prompt by prompt: {single:.1f} s (from {len(few)} prompts)")
-
-    start = time.perf_counter()
-    middle = scales[:: max(1, len(scales) // 3)][:3]
-    for s in middle:
-        hooked(lm, edits[s], lambda: answer(lm, prompts, args.tokens))
-    batched = (time.perf_counter() - start) * len(scales) / len(middle)
+    batched, *_ = timed([list(range(len(prompts)))], scales[:: max(1, len(scales) // 3)][:3])
     print(f"a patched model per scale, its prompts as one batch: {batched:.1f} s")
 
-    print(f"{equal} of {len(scales) * len(few)} texts are equal to the reference's")
+    texts = equal / (len(scales) * len(few))
+    print(f"{texts:.3f} of the texts are equal; perplexities are {error:.1g} apart at most")
     report = [
         common.check("one patched model per scale / sweep", single / ours, 3.0, at_least=True),
         common.check("the same, prompts as one batch / sweep", batched / ours, 0.9, at_least=True),
-        common.check("equal texts", equal / (len(scales) * len(few)), 0.97, at_least=True),
+        common.check("equal texts", texts, 0.97, at_least=True),
+        common.check("relative difference of perplexities", error, 1e-3, at_least=False),
     ]
     common.save("sweep", report)
 

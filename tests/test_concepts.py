@@ -909,10 +909,32 @@ def test_layers_are_given_or_the_best():
             probe.edit(top_layers=count)
     with pytest.raises(PlaceError, match=r"no layers \[0\]; it has \[1, 2, 3\]"):
         probe.edit(layers=[0, 1])
-    with pytest.raises(PlaceError, match=r"\[2\] strengths for 3 layers"):
+    with pytest.raises(PlaceError, match=r"\[2\] strengths for layers \[1, 2, 3\]"):
         probe.edit(scale=[1.0, 2.0])
+    with pytest.raises(PlaceError, match=r"\[1\] strengths for layers \[2, 2\]"):
+        probe.edit(layers=[2, 2], scale=[1.0])
     with pytest.raises(PlaceError, match="NaN or infinite"):
         probe.edit(scale=math.nan)
+    for wrong in ({"scale": "big"}, {"dose": [[1.0], [2.0, 3.0]]}, {"weights": {"a": 1}}):
+        with pytest.raises(PlaceError, match="are one number, or one per layer, not"):
+            probe.edit(**wrong)
+    for count in (0, -1, 1.5):
+        with pytest.raises(PlaceError, match=f"n tokens, 1 or more, not {count}"):
+            probe.edit(tokens="answer", first=(count, 4.0))
+
+
+@pytest.mark.parametrize(
+    "layers", [[3, 1, 2], "3,1:3", (-2, 1, 2), torch.tensor([3, 1, 2]), iter([3, 1, 2])], ids=repr
+)
+def test_each_layer_takes_the_strength_that_stands_at_its_place(layers):
+    probe = tied(fitted())
+    made = probe.edit(layers=layers, scale=[30.0, 10.0, 20.0], weights=[1.0, 0.5, 1.0])
+    assert made.place.layers == "1:4"
+    unit = probe.weight.float() / probe.weight.float().norm(dim=-1, keepdim=True)
+    strengths = (made.delta * unit).sum(-1)
+    torch.testing.assert_close(strengths, torch.tensor([5.0, 20.0, 30.0]))
+    rising = probe.edit(layers=[1, 2, 3], scale=[30.0, 10.0, 20.0], weights=[1.0, 0.5, 1.0])
+    assert not torch.allclose(made.delta, rising.delta)
 
 
 def test_the_edit_knows_its_origin():

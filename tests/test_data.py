@@ -419,6 +419,31 @@ def test_presets_read_files_of_every_format(tmp_path, monkeypatch):
     assert data.read("truthfulqa", path=path) == [Example("q", "a", 1), Example("q", "b", 0)]
 
 
+@pytest.mark.parametrize("concept", ["compliance", "appropriateness"])
+def test_shots_of_toxic_completions_are_appropriate_whatever_the_concept(tmp_path, concept):
+    rows = [
+        {"prompt": f"p{i}", "completion": f"c{i} {c}", "is_toxic": i % 2 == 1, "is_compliant": c}
+        for i in range(24)
+        for c in (True, False)
+    ]
+    known = {(r["prompt"], r["completion"]): r for r in rows}
+    path = write(tmp_path, "toxic.json", rows)
+    given = {"path": path, "concept": concept}
+    made = data.read("toxic-completions", few_shot=6, **given)
+    asked, said = ([m["content"] for m in made[0].history[k::2]] for k in (0, 1))
+    shown = [known[pair] for pair in zip(asked, said, strict=True)]
+    assert [r["is_compliant"] for r in shown] == [True, False] * 3
+    assert [r["is_toxic"] for r in shown] == [False, True] * 3
+    assert not {e.prompt for e in made} & set(asked)
+    plain = {(e.prompt, e.completion): e.label for e in data.read("toxic-completions", **given)}
+    assert all(plain[e.prompt, e.completion] == e.label for e in made)
+    # The control: shots by the label alone show answers to toxic prompts, or refusals of others.
+    mixed = data.few_shot(data.read("toxic-completions", **given), 6)[0].history
+    odd = zip(mixed[::2], mixed[1::2], strict=True)
+    odd = [known[q["content"], a["content"]] for q, a in odd]
+    assert any(r["is_toxic"] == r["is_compliant"] for r in odd)
+
+
 @pytest.mark.parametrize("name", ["oasst1", "toxic-completions", "truthfulqa"])
 def test_preset_files_that_do_not_fit(tmp_path, name):
     with pytest.raises(ArtifactError, match="known formats are .json, .jsonl, .csv, .parquet"):
@@ -507,9 +532,6 @@ def test_read_takes_shots(tmp_path):
     train, test = data.read(path, "train", few_shot=2), data.read(path, "test", few_shot=2)
     assert (train, test) == data.split(made) and train[0].history == test[0].history
     assert data.read(path) == questions()  # control
-    toxic = write(tmp_path, "t.json", toxic_rows())
-    made = data.read("toxic-completions", path=toxic, few_shot=2)
-    assert {m["content"][-1] for m in made[0].history[1::2]} == {"0", "1"}
     rows = [{"question": f"q{i}", "best_answer": "so", "incorrect_answers": ["no"]} for i in "abc"]
     made = data.read("truthfulqa", path=write(tmp_path, "q.json", rows), few_shot=2)
     assert [m["content"] for m in made[0].history[1::2]] == ["so", "so"]  # true ones, as published

@@ -808,6 +808,37 @@ def test_tuning_warns_where_nothing_beats_no_edit(lm, probe):
         tt.evals.tune(lm, probe, PROMPTS, contrary, layers=[[0, 1]], max_ratio=3, **given)
 
 
+@pytest.mark.filterwarnings("ignore:no setting has more effect")
+def test_of_equal_effects_the_cheapest_is_chosen(lm, probe):
+    def alike(prompts, answers):
+        return [1.0] * len(answers)
+
+    given = {"layers": [[1, 2]], "tokens": "answer[:4]", "max_ratio": 3.0}
+    found = tuned(lm, probe, scorer=alike, **given)
+    final = [s for s in found.tried if s.judged == len(PROMPTS)]
+    assert len(final) == 3 and found.frontier == [found.best]
+    assert found.best.ratio == min(s.ratio for s in final) < max(s.ratio for s in final)
+
+
+def test_tuning_warns_where_no_setting_keeps_the_text_whole(lm, probe, recwarn):
+    """A direction that says one word again and again, under a judge that likes it."""
+    head = lm.model.get_output_embeddings().weight.detach()
+    pieces = {i: lm.tokenizer.decode([i]) for i in range(len(head))}
+    words = [i for i, p in pieces.items() if p[0] == " " and p[1:].isalpha()]
+    word = max(words, key=lambda i: float(head[i].norm()))
+
+    def likes(prompts, answers):
+        return [a.count(pieces[word]) for a in answers]
+
+    said = replace(probe, weight=head[word].expand_as(probe.weight).clone())
+    given = {"layers": [range(4)], "tokens": "all", "scorer": likes}
+    tuned(lm, said, **given, max_ratio=1.05)
+    assert not any("keeps the text whole" in str(w.message) for w in recwarn)
+    with pytest.warns(UserWarning, match=r"keeps the text whole: .* 75% of their three-word runs"):
+        found = tuned(lm, said, **given, max_ratio=1e6)
+    assert found.frontier == [] and found.best.effect > 5
+
+
 def test_a_scale_that_is_named_is_the_scale_of_a_tuned_probe_too(lm, probe):
     made = tuned(lm, probe).probe
     assert torch.equal(made.edit(scale=16.0).delta, probe.edit(scale=16.0).delta)

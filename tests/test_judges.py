@@ -318,6 +318,8 @@ def test_a_reading_of_another_models_probe_is_refused_before_it_is_asked():
     with pytest.raises(ArtifactError, match="made for another model"):
         Reading(other, probe)
     assert len(Reading(other, probe.untied())(PROMPTS, ANSWERS)) == 3  # control
+    with pytest.raises(TrimtabError, match="takes a Probe of tt.concepts.fit, not Add"):
+        Reading(lm, probe.edit(dose=0.1, layers=[1]))
 
 
 @pytest.mark.slow

@@ -167,17 +167,31 @@ def test_pairs_lean_both_ways(tmp_path):
 def test_prompts_are_read_from_texts_and_objects(tmp_path):
     for name, text in (
         ("a.txt", "one\n\ntwo\n"),
+        ("bom.txt", "\ufeffone\ntwo\n"),
         ("a.json", '["one", "two"]'),
+        ("A.JSON", '\ufeff["one", "two"]'),
+        ("a.csv", "label,prompt\r\n1,one\r\n0,two\r\n"),
         ("a.jsonl", '{"query": "one"}\n{"prompt": "two", "query": "no"}\n'),
     ):
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8")
         assert selfcontrol.read_prompts(tmp_path / name) == ["one", "two"]
-    for name, text in (("b.json", '{"a": 1}'), ("b.jsonl", '{"a": 1}'), ("b.txt", "\n")):
+    quoted = tmp_path / "quoted.csv"
+    quoted.write_text('prompt,label\n"How, are\nyou?",1\n')
+    assert selfcontrol.read_prompts(quoted) == ["How, are\nyou?"]
+    for name, text in (
+        ("b.json", '{"a": 1}'),
+        ("b.jsonl", '{"a": 1}'),
+        ("b.csv", "a\n1\n"),
+        ("b.txt", "\n"),
+    ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ArtifactError, match=r"no prompts|a prompt is a text"):
             selfcontrol.read_prompts(tmp_path / name)
     with pytest.raises(ArtifactError, match="cannot read prompts"):
         selfcontrol.read_prompts(tmp_path / "none.txt")
+    (tmp_path / "c.csv").write_text('prompt\n"open')
+    with pytest.raises(ArtifactError, match="cannot read prompts"):
+        selfcontrol.read_prompts(tmp_path / "c.csv")
 
 
 class Endpoint(BaseHTTPRequestHandler):

@@ -35,7 +35,7 @@ FACTORS = "-2,-1.5,-1,-0.5,0,0.5,1,1.5,2"
 LENGTHS = "-32,-16,-8,-4,0,4,8,16,32"
 ArtifactArgument = Annotated[Path, typer.Argument(help="A saved probe or edit.")]
 PromptsOption = Annotated[
-    Path, typer.Option("--prompts", "-p", help="Prompts: .txt (one a line), .json or .jsonl.")
+    Path, typer.Option("--prompts", "-p", help="Prompts: .txt (one a line), .json, .jsonl or .csv.")
 ]
 JudgeOption = Annotated[str, typer.Option("--judge", "-j", help=f"Who grades: {JUDGES}.")]
 JudgeModelOption = Annotated[

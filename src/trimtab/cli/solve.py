@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def solve(
     prompts: Annotated[
-        Path, typer.Argument(help="A file of prompts: .txt (one per line), .json or .jsonl.")
+        Path, typer.Argument(help="A file of prompts: .txt (one per line), .json, .jsonl or .csv.")
     ],
     judge: Annotated[
         list[str], typer.Option(help="A built-in attribute such as happiness, or a question.")

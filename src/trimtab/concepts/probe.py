@@ -103,13 +103,14 @@ class Probe(EditLike):
         """The edit that adds ``scale`` (16) times the unit direction at each chosen layer.
 
         ``dose`` instead of ``scale`` is a fraction of each activation's own length, which carries
-        over between layers and models. Either is one number or one per layer; a negative one steers
-        away. ``tokens="answer"`` is the paper's ``only_last``. ``layers``: given, else the
-        ``top_layers`` (16) with the best accuracy on the training rows. ``keep_norm`` (yes):
-        x' = |x| (x + a w) / |x + a w|, the paper's form. ``tokens``: all. ``weights``: the share of
-        the strength that each layer gets (all of it). ``first`` (n, factor): the first n of the
-        tokens take ``factor`` times the strength; then ``tokens`` is a span without a slice. A
-        tuned probe asked for nothing of this steers by its ``guidance``.
+        over between layers and models. Either is one number, or one for each of ``layers`` in the
+        order in which they are given; a negative one steers away. ``tokens="answer"`` is the
+        paper's ``only_last``. ``layers``: given, else the ``top_layers`` (16) with the best
+        accuracy on the training rows. ``keep_norm`` (yes): x' = |x| (x + a w) / |x + a w|, the
+        paper's form. ``tokens``: all. ``weights``: the share of the strength that each layer gets
+        (all of it). ``first`` (n, factor): the first n of the tokens take ``factor`` times the
+        strength; then ``tokens`` is a span without a slice. A tuned probe asked for nothing of this
+        steers by its ``guidance``.
         """
         asked = (scale, layers, top_layers, keep_norm, dose, tokens, weights, first)
         if self.guidance is not None and all(one is None for one in asked):
@@ -117,21 +118,23 @@ class Probe(EditLike):
         if dose is not None and scale is not None:
             raise PlaceError("scale= and dose= both say how strongly to steer; give one of them")
         top = 16 if top_layers is None else top_layers
-        chosen = self.best_layers(top) if layers is None else self._indices(layers)
+        listed = [*self.best_layers(top)] if layers is None else self._listed(layers)
+        chosen = tuple(sorted(set(listed)))
         direction = self.weight[self._where(chosen)].float()
         length = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
         direction = direction / length.clamp_min(1e-30)
         scale = 16.0 if scale is None else scale
-        given: dict[str, Any] = {"dtype": torch.float32, "device": direction.device}
-        strength = torch.as_tensor(scale if dose is None else dose, **given)
-        share = torch.as_tensor(1.0 if weights is None else weights, **given)
+        strength = _numbers(scale if dose is None else dose, direction.device)
+        share = _numbers(1.0 if weights is None else weights, direction.device)
         for what, values in (("strengths", strength), ("weights", share)):
-            if values.dim() and values.shape != (len(chosen),):
+            if values.dim() and not values.shape == (len(chosen),) == (len(listed),):
                 raise PlaceError(
-                    f"{list(values.shape)} {what} for {len(chosen)} layers; give one number, or "
+                    f"{list(values.shape)} {what} for layers {listed}; give one number, or "
                     "one per layer"
                 )
         strength = strength * share
+        if strength.dim():  # each for the layer that it was given for
+            strength = strength[torch.tensor(listed).argsort()]
         delta = strength.reshape(-1, 1) * direction
         tokens = "all" if tokens is None else tokens
         place = self.place.at(layers=chosen, tokens=tokens, before=False)
@@ -148,6 +151,8 @@ class Probe(EditLike):
         if tokens not in SPANS:
             raise PlaceError(f"first= goes with tokens {' or '.join(SPANS)}, not {tokens!r}")
         count, factor = first
+        if not isinstance(count, int) or count < 1:
+            raise PlaceError(f"first=(n, factor) is of n tokens, 1 or more, not {count!r}")
         begun = replace(made.scaled(factor), place=place.at(tokens=f"{tokens}[:{count}]"))
         return begun + replace(made, place=place.at(tokens=f"{tokens}[{count}:]"))
 
@@ -200,6 +205,13 @@ class Probe(EditLike):
         depth = (self.meta.model or {}).get("layers") or max(self.layers) + 1
         return Place(self.place.site, layers).layer_indices(depth)
 
+    def _listed(self, layers: LayerSpec) -> list[int]:
+        """The same in the order in which they are given."""
+        given: Any = layers.tolist() if isinstance(layers, Tensor) else layers
+        given = given.split(",") if isinstance(given, str) else given
+        pieces = list(given) if isinstance(given, Iterable) else [given]
+        return [i for piece in pieces for i in self._indices(piece)] or [*self._indices(pieces)]
+
     def _check(self, recording: Recording) -> None:
         mine, theirs = self.meta.model, recording.meta.get("model")
         if mine and theirs:
@@ -226,6 +238,15 @@ class Probe(EditLike):
         """The logits [N, L] of tokens [N, L, D]."""
         x = _unit(values.to(self.weight.device, wide(values.dtype)), self.mean)
         return torch.einsum("nld,ld->nl", x, self.weight.to(x.dtype)) * self.gain + self.bias
+
+
+def _numbers(values: Any, device: torch.device) -> Tensor:
+    try:
+        return torch.as_tensor(values, dtype=torch.float32, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise PlaceError(
+            f"scale, dose and weights are one number, or one per layer, not {values!r:.60}"
+        ) from None
 
 
 def _unit(x: Tensor, mean: Tensor | None) -> Tensor:

@@ -212,9 +212,21 @@ def toxic_completion(row: Row, concept: str = "compliance") -> Example | None:
     return Example(row["prompt"], row["completion"], float(labels[concept]))
 
 
-# Which label few-shot answers have: the paper shows TruthfulQA's models true answers only, and
-# answers of both kinds elsewhere.
-SHOT_LABEL = {"truthfulqa": 1.0}
+def shots_of(
+    name: str, read: Callable[..., list[Example]], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Which few-shot answers the paper shows, as arguments of ``few_shot``.
+
+    True ones for TruthfulQA; of toxic-completions, whatever the concept, harmless prompts that were
+    answered and toxic ones that were refused, in turn; elsewhere answers of both labels in turn.
+    """
+    if name == "truthfulqa":
+        return {"label": 1.0}
+    if name != "toxic-completions":
+        return {}
+    both = [read(**{**options, "concept": c}) for c in ("appropriateness", "compliance")]
+    return {"among": [told for fit, told in zip(*both, strict=True) if fit.label]}
+
 
 PRESETS: dict[str, Callable[..., list[Example]]] = {
     "truthfulqa": read_truthfulqa,

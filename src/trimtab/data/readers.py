@@ -43,17 +43,20 @@ def read(
     ``split`` is ``"train"`` or ``"test"`` of the fixed 80/20 split for built-in sets and files
     (None: every row), and the dataset's own split for the hub (None: ``"train"``, and
     ``"validation"`` for truthfulqa). ``few_shot``: so many answered prompts go before each example,
-    for a base model (see ``few_shot``: drawn before the split, true answers for truthfulqa). Raises
-    ArtifactError that names file, row, what was found and what was expected.
+    for a base model (see ``few_shot``: drawn before the split; true answers for truthfulqa, and for
+    toxic-completions harmless prompts answered and toxic ones refused). Raises ArtifactError that
+    names file, row, what was found and what was expected.
 
     >>> {example.label for example in read("happiness")}
     {0.0, 1.0}
     """
     name = os.fspath(source)
-    label = presets.SHOT_LABEL.get(name)
     reader, whole = _reader(source, split, options)
     _check_options(name, reader, options)
-    examples = shots.few_shot(reader(**options), few_shot, label=label)
+    examples = reader(**options)
+    if few_shot:
+        kinds = presets.shots_of(name, reader, options)
+        examples = shots.few_shot(examples, few_shot, **kinds)
     return _part(examples, name, split) if whole else examples
 
 

@@ -14,14 +14,20 @@ from trimtab.errors import TrimtabError
 
 
 def few_shot(
-    examples: Sequence[Example], k: int = 6, seed: int = 0, *, label: float | None = None
+    examples: Sequence[Example],
+    k: int = 6,
+    seed: int = 0,
+    *,
+    label: float | None = None,
+    among: Sequence[Example] | None = None,
 ) -> list[Example]:
     """The examples, each with the same ``k`` answered prompts at the beginning of its history.
 
-    The shots are drawn out of the examples, each of another prompt, and every example of these
-    prompts is left out of the result: nothing that is asked was shown. ``label``: shots that have
-    the concept (above 1/2) or lack it; by default both in turn, the first with the concept, so that
-    they lean to neither side. The choice depends on the examples and the seed, not on their order.
+    The shots are drawn out of the examples, or out of those of ``among``, each of another prompt,
+    and every example of these prompts is left out of the result: nothing that is asked was shown.
+    ``label``: shots that have the concept (above 1/2) or lack it; by default both in turn, the
+    first with the concept, so that they lean to neither side. The choice depends on the examples
+    and the seed, not on their order.
     Raises TrimtabError where there are too few.
 
     >>> asked = [Example(f"{n} + 1?", str(n + 1)) for n in range(9)]
@@ -31,13 +37,14 @@ def few_shot(
     """
     if k < 0:
         raise TrimtabError(f"k is the number of shots, 0 or more, not {k!r}")
-    shots = list(islice(_drawn(examples, seed, label), k))
+    among = examples if among is None else among
+    shots = list(islice(_drawn(among, seed, label), k))
     shown = {shot.prompt for shot in shots}
     rest = [example for example in examples if example.prompt not in shown]
     if len(shots) < k or (k and not rest):
-        prompts = len({example.prompt for example in examples if example.prompt})
+        prompts = len({example.prompt for example in among if example.prompt})
         raise TrimtabError(
-            f"{len(examples)} examples of {prompts} prompts are too few for {k} shots of "
+            f"{len(among)} examples of {prompts} prompts are too few for {k} shots of "
             f"{'both labels' if label is None else f'label {label:g}'}, each of another prompt and "
             "none of those that are left; give a smaller k"
         )

@@ -294,6 +294,10 @@ class Reading:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
+        if not isinstance(self.probe, Probe):
+            raise TrimtabError(
+                f"Reading takes a Probe of tt.concepts.fit, not {type(self.probe).__name__}"
+            )
         check_model(self.probe.meta, self.lm.describe())
 
     @property

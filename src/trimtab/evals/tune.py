@@ -153,10 +153,11 @@ def tune(
     perplexity suggest. ``out``: a file that keeps finished batches, so that the same call goes on
     after a crash.
 
-    Settings whose answers repeat themselves, are empty or nonsense come last, whatever the judge
-    sees in them. ``tuned.probe.edit()`` without numbers is the edit that was chosen, also after
-    saving. Raises ValueError for a budget that does not reach every setting twice, and where no
-    dose fits; warns where no setting beats no edit.
+    Of settings with the same effect the one that costs least is chosen. Those whose answers repeat
+    themselves, are empty or nonsense come last, whatever the judge sees in them.
+    ``tuned.probe.edit()`` without numbers is the edit that was chosen, also after saving. Raises
+    ValueError for a budget that does not reach every setting twice, and where no dose fits; warns
+    where no setting beats no edit, or none keeps the text whole.
     """
     if not isinstance(probe, Probe):
         raise ValueError(f"tune takes a Probe of tt.concepts.fit, not {type(probe).__name__}")
@@ -279,8 +280,16 @@ class _Search:
         limits = self._largest("largest dose", starts, some)
         steps = self._halve(limits, baseline, budget, pairs)
         steps.append(self._smaller(steps[-1][0], budget, pairs))
-        last = self._ranked(steps[-2] + steps[-1], baseline)
+        last = self._ranked(sorted(steps[-2] + steps[-1], key=lambda s: s.ratio), baseline)
         best, *others = last
+        if not _sound(best, baseline):
+            warnings.warn(
+                f"no setting keeps the text whole: of the best one's answers {best.broken:.0%} are "
+                f"empty or nonsense, and {best.repetition:.0%} of their three-word runs are "
+                f"repeated (without an edit {baseline.broken:.0%} and {baseline.repetition:.0%}); "
+                "lower max_ratio, or look at what the judge likes",
+                stacklevel=3,
+            )
         if best.effect <= baseline.effect:
             warnings.warn(
                 f"no setting has more effect ({best.effect:.3g}) than no edit "
@@ -372,7 +381,7 @@ class _Search:
         return made
 
     def _ranked(self, settings: list[Setting], baseline: Setting) -> list[Setting]:
-        """By effect; those whose text goes round in circles, or says nothing, come last."""
+        """By effect, equal ones in their order; text that goes in circles or says nothing, last."""
         return sorted(settings, key=lambda s: (not _sound(s, baseline), -s.effect))
 
     def _affordable(self, settings: list[Setting], order: list[int], tokens: float) -> int:

@@ -169,7 +169,7 @@ class Lexicon:
 
     @classmethod
     def refusal(cls) -> "Lexicon":
-        """Phrases of refusals; near 1 with one of them in up to fifty words, 0 without."""
+        """Phrases of refusals: .9 with one in fifty words (.66 for a single word), 0 without."""
         return cls(REFUSAL, gain=40.0)
 
     @classmethod

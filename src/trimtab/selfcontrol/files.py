@@ -6,7 +6,9 @@ Knows files and the search; knows nothing of gradients. A folder of targets hold
     targets/edits/00003/         the edit of a kept prompt, as an artifact for ``tt.load``
 """
 
+import csv
 import hashlib
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -143,21 +145,23 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts from a .txt file (one per line), or .json or .jsonl of texts or of objects.
+    """Prompts from a .txt file (one per line), .json or .jsonl of texts or of objects, or .csv.
 
-    An object gives its "prompt", "query", "question", "instruction" or "input". Raises
-    ArtifactError.
+    An object, and a row of a .csv, gives its "prompt", "query", "question", "instruction" or
+    "input". Raises ArtifactError.
     """
     file = user_path(path)
     try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".json":
+        text, kind = file.read_text(encoding="utf-8-sig"), file.suffix.lower()
+        if kind == ".json":
             rows = json.loads(text)
-        elif file.suffix == ".jsonl":
+        elif kind == ".csv":
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        elif kind == ".jsonl":
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             rows = text.splitlines()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise ArtifactError(f"cannot read prompts from {file}: {error}") from None
     found = [_prompt_of(row, file) for row in rows] if isinstance(rows, list) else []
     found = [prompt for prompt in found if prompt.strip()]
