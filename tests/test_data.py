@@ -614,6 +614,25 @@ def test_a_word_that_one_class_avoids_is_found_too():
     assert any("'never'" in warning for warning in data.lint(leak))
 
 
+@pytest.mark.parametrize(
+    ("texts", "leak", "lengths"),
+    [
+        (("我今天很高兴", "我今天很难过"), "兴", False),
+        (("今日はとても嬉しいです", "今日はです"), "い", True),
+        (("So it was!", "So it was."), "!", False),
+        (("我今天很好", "我今天很好"), None, False),
+    ],
+)
+def test_leaks_are_found_without_spaces_and_in_signs(texts, leak, lengths):
+    examples = [
+        Example(f"p{i}", t, y) for i in range(20) for t, y in zip(texts, (1, 0), strict=True)
+    ]
+    found = "\n".join(data.lint(examples))
+    assert (leak is None) == ("alone tells the classes apart" not in found)
+    assert leak is None or f"the word {leak!r} alone" in found
+    assert ("differ in length" in found) is lengths
+
+
 # ---- split
 
 

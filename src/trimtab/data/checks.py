@@ -16,7 +16,10 @@ LENGTH_GAP = 0.1  # of the longer mean; where lengths hardly vary, d is large fo
 SHARED_PROMPTS = 0.5  # share of the examples whose prompt has both labels
 MINORITY = 0.3  # share of the smaller class
 
-_WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
+# Words, signs, and the characters of scripts that have no spaces between words.
+_UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # Thai, Lao, Kana, Han
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:['\u2019]\w+)*|[^\w\s]")
+_LONG = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")  # what a length counts
 
 
 def is_present(example: Example) -> bool:
@@ -28,9 +31,9 @@ def lint(examples: Sequence[Example]) -> list[str]:
     """What a probe could learn from these examples instead of the concept, one sentence each.
 
     Checks: no examples or one class only, class imbalance, empty completions, duplicates, labels
-    outside 0 … 1, a word that alone tells the classes apart, a difference in length, prompts that
-    occur with one label only. An empty list means that none of these was found. Raises TrimtabError
-    for what is no example.
+    outside 0 … 1, a word (or sign) that alone tells the classes apart, a difference in length,
+    prompts that occur with one label only. An empty list means that none of these was found. Raises
+    TrimtabError for what is no example.
     """
     _check_examples(examples)
     present = [example for example in examples if is_present(example)]
@@ -117,7 +120,7 @@ def length_effect(
     present: list[Example], absent: list[Example]
 ) -> tuple[float, tuple[float, float]]:
     """Cohen's d of the number of words, and the two means."""
-    sizes = [[len(e.completion.split()) for e in part] for part in (present, absent)]
+    sizes = [[len(_LONG.findall(e.completion)) for e in part] for part in (present, absent)]
     means = statistics.fmean(sizes[0]), statistics.fmean(sizes[1])
     spread = [s - m for part, m in zip(sizes, means, strict=True) for s in part]
     deviation = (sum(s * s for s in spread) / max(len(spread) - 2, 1)) ** 0.5
