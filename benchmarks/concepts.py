@@ -271,9 +271,9 @@ HEAD = """\
 
 Made by `python benchmarks/concepts.py`. Each number is a mean over prompts; the judge never saw the
 texts that the probes were fitted on, and its AUROC on labelled texts says how far to trust it.
-"Words" is a bag of words on the same split: a probe below it shows nothing. Effects are those of
-the largest dose with a perplexity ratio of at most 1.25 on plain answers (without an interval: of
-the best of six doses in that bound).
+"Words" is a bag of words on the same split. It reads whole answers, as the AUROC of a probe does,
+while the accuracy of a probe is that of single tokens: compare the AUROCs. A probe below the words
+shows nothing. Effects are those at a perplexity ratio of 1.25 on plain answers.
 """
 
 
@@ -373,11 +373,12 @@ def tuned_table(lines: list[dict[str, Any]]) -> list[str]:
     """The tuned setting against the paper's layers, on held-out prompts."""
     made = [
         "\n## Tuned against the paper's layers: effect (perplexity ratio) on held-out prompts\n",
-        "16: the paper's layers, all tokens, at the largest dose in the bound (the paper's scales,",
-        "8 to 64, all lie beyond it), or at a larger one, so that it costs no less than tuned on",
-        "held-out prompts. Tuned: the best of some sixty choices of layers and tokens; by layer:",
-        "each layer has a dose of its own, found by slopes. Fluency: the mean perplexity of the",
-        "answers themselves to the plain model, for no edit, 16, and tuned.\n",
+        "Tuned: the best of some seventy choices of layers and tokens, each at the largest dose in",
+        "a bound of 1.25 on the prompts tuned on; by layer: each layer has a dose of its own,",
+        "found by slopes. 16: the paper's layers, all tokens, at the dose that costs on held-out",
+        "prompts what tuned costs there (the paper's scales, 8 to 64, cost far more). Fluency: the",
+        "geometric mean of the perplexity of the answers themselves to the plain model, for no",
+        "edit, 16, and tuned.\n",
         "| concept | no edit | 16 | tuned | asking | tuned - 16 [95 %] | fluency | prompts "
         "| where |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -432,8 +433,8 @@ def asking(lines: list[dict[str, Any]]) -> str:
 
 EARLIER = """
 \\* of an earlier form: the search did not try the first token alone, nor sort out nonsense, and the
-16 had their largest dose in the bound, whatever that cost on held-out prompts; anger's judge knew
-no ordinary answers; fluency is a median."""
+16 had their largest dose in the bound, whatever that cost on held-out prompts; the judge of
+truthfulness held other references; fluency is a median."""
 ASKING = {True: "Asking does better for", False: "The tuned edit does as well or better for"}
 
 

@@ -293,7 +293,8 @@ class _Search:
         if best.effect <= baseline.effect:
             warnings.warn(
                 f"no setting has more effect ({best.effect:.3g}) than no edit "
-                f"({baseline.effect:.3g}): this probe does not steer towards what the judge sees",
+                f"({baseline.effect:.3g}): this probe does not steer towards what the judge sees; "
+                "to steer away from its concept, fit one with the labels swapped",
                 stacklevel=3,
             )
         tried = {s.key: s for step in steps for s in step}
