@@ -160,7 +160,6 @@ def tuning(
 ) -> dict[str, Any]:
     """The tuned setting against the paper's top 16 layers on all tokens, on held-out prompts."""
     asked, held_out = concept.prompts[: args.tuned_on], concept.held_out[: args.held_out]
-    options: dict[str, Any] = {"max_new_tokens": args.tokens, "budget": args.budget}
     out.mkdir(parents=True, exist_ok=True)
     tuned = evals.tune(
         lm,
@@ -168,8 +167,9 @@ def tuning(
         asked,
         concept.judge,
         examples=concept.examples,
+        budget=args.budget,
+        max_new_tokens=args.tokens,
         out=out / f"{concept.name}-tune.jsonl",
-        **options,
     )
     plain = lm.generate(held_out, None, args.tokens)
     cost = costs(lm, held_out, plain)
