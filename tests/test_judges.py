@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -187,6 +187,22 @@ def test_yes_no_by_hand_on_a_base_model(make):
         logits = lm.model(torch.tensor([ids])).logits[0, -1].double()
     gap = logits[after[0][-1]] - logits[after[1][-1]]
     assert float(found[0]) == pytest.approx(float(torch.sigmoid(gap)), abs=1e-5)
+
+
+@pytest.mark.parametrize("what, cue", [("truth", "True:"), ("info", "Helpful:")])
+def test_judges_of_truthfulqa_by_hand(what, cue):
+    """They are trained on plain text, and asked so whatever chat template they have."""
+    lm = tiny_lm()
+    found = replace(YesNo.truthfulqa(lm, what), words=("yes", "the"))(["What?"], ["One day."])
+    logits, _ = next_logits(lm, f"Q: What?\nA: One day.\n{cue}")
+    words = [lm.tokenizer(w, add_special_tokens=False)["input_ids"] for w in (" yes", " the")]
+    gap = logits[words[0][0]] - logits[words[1][0]]
+    assert float(found[0]) == pytest.approx(float(torch.sigmoid(gap)), abs=1e-5)
+    other, _ = next_logits(lm, "Q: What?\nA: One day.\nAnswer:")  # the control
+    assert abs(float(other[words[0][0]] - other[words[1][0]]) - float(gap)) > 1e-4
+    assert YesNo.truthfulqa(lm, what).words == ("yes", "no")
+    with pytest.raises(TrimtabError, match="no judge 'beauty' of TruthfulQA; there are"):
+        YesNo.truthfulqa(lm, "beauty")
 
 
 def test_rows_alone_are_the_batch():
