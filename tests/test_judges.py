@@ -193,13 +193,18 @@ def test_yes_no_by_hand_on_a_base_model(make):
 def test_judges_of_truthfulqa_by_hand(what, cue):
     """They are trained on plain text, and asked so whatever chat template they have."""
     lm = tiny_lm()
-    found = replace(YesNo.truthfulqa(lm, what), words=("yes", "the"))(["What?"], ["One day."])
-    logits, _ = next_logits(lm, f"Q: What?\nA: One day.\n{cue}")
-    words = [lm.tokenizer(w, add_special_tokens=False)["input_ids"] for w in (" yes", " the")]
-    gap = logits[words[0][0]] - logits[words[1][0]]
-    assert float(found[0]) == pytest.approx(float(torch.sigmoid(gap)), abs=1e-5)
-    other, _ = next_logits(lm, "Q: What?\nA: One day.\nAnswer:")  # the control
-    assert abs(float(other[words[0][0]] - other[words[1][0]]) - float(gap)) > 1e-4
+    judge = replace(YesNo.truthfulqa(lm, what), words=("yes", "the"))
+
+    def probability(text):
+        ids = lm.tokenizer(text)["input_ids"]
+        yes, the = (lm.tokenizer(f"{text} {w}")["input_ids"][len(ids)] for w in judge.words)
+        with torch.no_grad():
+            logits = lm.model(torch.tensor([ids])).logits[0, -1].double()
+        return float(torch.sigmoid(logits[yes] - logits[the]))
+
+    found = float(judge(["What?"], ["One day."])[0])
+    assert found == pytest.approx(probability(f"Q: What?\nA: One day.\n{cue}"), abs=1e-5)
+    assert abs(found - probability("Q: What?\nA: One day.\nAnswer:")) > 1e-3  # the control
     assert YesNo.truthfulqa(lm, what).words == ("yes", "no")
     with pytest.raises(TrimtabError, match="no judge 'beauty' of TruthfulQA; there are"):
         YesNo.truthfulqa(lm, "beauty")
