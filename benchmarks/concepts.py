@@ -278,24 +278,27 @@ shows nothing. Effects are those at a perplexity ratio of 1.25 on plain answers.
 
 
 CAUTION = """
-**Read the answers before you believe a gain, and look at what both sides cost.** A search finds
-what its judge is blind to. Happiness had a setting that made two answers in five the one word
-"sampler", which its judge takes for joy: the bound on references hardly sees one token. Tuning
-puts last what is nonsense to the plain model since then. Anger's judge (*) took apologies of a
-chatbot for anger ("I'm sorry for any misunderstanding, but as a chatbot ..."), 40 % of 144
-answers, beside 16 % without an edit; judges of emotions have learnt ordinary answers since, and
-see little fear that a model of this size could be made to show within the bound. The judge of
-questions goes by question marks: of 227 tuned answers 68 ask the reader something by the letter, 8
-of them in the form of a question ("I'm sorry for any misunderstanding? I'm here to help with your
-homework?"). And a bound that holds on some references lets two settings cost unlike on others:
-questions and Spanish looked like gains (0.30 beside 0.05, 0.50 beside 0.12) until the 16 were
-given the same perplexity on the held-out prompts. Refusals, lists, a yes to a claim and greetings
-are what they are called ("Hello there, welcome to my home", "Hello! I'm here to help").
+**Read the answers before you believe a gain, and look at what both sides cost.** Refusals, lists, a
+yes to a claim and greetings are what they are called ("Hello there, welcome to my home", "Hello!
+I'm here to help"), and more of the 16 does not make up for it: at ratios of 1.40 (lists), 1.30
+(agreement) and 1.16 (greeting) they reached 0.18, 0.51 and 0.09. Elsewhere a search finds what its
+judge is blind to. Happiness had a setting that made two answers in five the one word "sampler",
+which its judge takes for joy; tuning puts last what is nonsense to the plain model since then. What
+it gains now is hardly better: "SmolLM, I'm glad you're here. I'm here to help ..." to "How do I
+turn off the alarm?". An earlier judge of anger took apologies of a chatbot for anger and saw a
+gain; judges of emotions have learnt ordinary answers since, and see little anger or fear that a
+model of this size could be made to show within the bound. The judge of questions goes by question
+marks: of 227 tuned answers 68 ask the reader something by the letter, 8 of them in the form of a
+question ("I'm sorry for any misunderstanding? I'm here to help with your homework?"), and with a
+little more dose (ratio 1.24) the 16 reach 0.25. And a bound that holds on some references lets two
+settings cost unlike on others: Spanish looked like a gain (0.50 beside 0.12) until the 16 were
+given the same perplexity on the held-out prompts.
 
-Not every opening is to be had of the first tokens within the bound: of tales, code, denial and
-"as an AI" a look at some tuning prompts showed little or nothing, and praise of the question costs
-more than the bound allows. They were left out after that look, without a measurement on held-out
-prompts.
+**These concepts are chosen.** Lists, questions, agreement, greetings and Spanish were taken up
+after refusal had shown that the first token carries a larger dose. Not every opening is to be had
+so: of tales, code, denial and "as an AI" a look at some tuning prompts showed little or nothing,
+and praise of the question costs more than the bound allows. They were left out after that look,
+without a measurement on held-out prompts.
 """
 
 
@@ -319,7 +322,7 @@ def write_page(lines: list[dict[str, Any]], path: Path) -> None:
 
 NAMES = {
     "none": "no edit",
-    "paper": "16 layers of the best accuracy, dose tuned",
+    "paper": "16 layers of the best accuracy, at equal perplexity",
     "tuned": "tuned",
     "prompt": "just asking",
 }
@@ -472,7 +475,7 @@ def report(lines: list[dict[str, Any]]) -> None:
     """The results' file and the page."""
     tuned = [line["tuned"] for line in lines if "tuned" in line]
     gains = [one["tuned - paper"] for one in tuned if "judge" in one]  # not of an earlier form
-    what = "concepts where tuning beats the top 16 with their dose tuned"
+    what = "concepts where tuning beats the top 16 at equal perplexity"
     ahead, sure = sum(g > 0 for g, _, _ in gains), sum(low > 0 for _, low, _ in gains)
     rows = [
         common.check(f"{what}, by the mean, of {len(gains)}", ahead, 4, at_least=True),
