@@ -667,7 +667,7 @@ def test_whole_answers_and_their_beginnings_are_tried(lm, probe):
     assert {s.tokens for s in only.tried} == {"answer"}
 
 
-@pytest.mark.filterwarnings("ignore:no setting has more effect")
+@pytest.mark.filterwarnings("ignore:no setting has more effect", "ignore:no setting keeps")
 def test_the_frontier_says_what_a_lower_price_buys(lm, probe):
     given = {"layers": [[1, 2]], "tokens": "answer[:4]", "max_ratio": 3.0}
     found = tuned(lm, probe, **given)
