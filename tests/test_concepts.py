@@ -924,7 +924,9 @@ def test_layers_are_given_or_the_best():
 
 
 @pytest.mark.parametrize(
-    "layers", [[3, 1, 2], "3,1:3", (-2, 1, 2), torch.tensor([3, 1, 2]), iter([3, 1, 2])], ids=repr
+    "layers",
+    [[3, 1, 2], "3,1:3", (-2, 1, 2), torch.tensor([3, 1, 2]), iter([3, 1, 2])],
+    ids=["list", "text", "from the top", "tensor", "iterator"],
 )
 def test_each_layer_takes_the_strength_that_stands_at_its_place(layers):
     probe = tied(fitted())
