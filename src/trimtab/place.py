@@ -43,9 +43,10 @@ class Place:
     """Where something is read or written: a site, layers, and tokens.
 
     ``site`` is one of ``SITES``. ``layers`` takes an int, a range, a slice, a list or text such as
-    ``"10:28"``, ``"3,5"``, ``"all"``, and is kept as text. ``tokens`` takes ``"all"``,
-    ``"prompt"``, ``"answer"``, each with an optional slice, or positions: one list for every row,
-    or one list per row, each in ascending order. ``before`` names the value before an edit at the
+    ``"10:28"``, ``"3,5"``, ``"all"``, and is kept as text; however they are listed, tensors hold
+    layers in ascending order. ``tokens`` takes ``"all"``, ``"prompt"``, ``"answer"``, each with an
+    optional slice, or positions: one list for every row, or one list per row, each in ascending
+    order. ``before`` names the value before an edit at the
     same place (recordings only). A whole place may also be given as one text. Raises PlaceError.
 
     >>> Place("resid", range(10, 28), "answer")
